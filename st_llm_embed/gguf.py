@@ -1,0 +1,47 @@
+"""Turn a GGUF file into an ordinary model folder, which every other loader then reads.
+
+transformers reads GGUF weights, but refuses to save the model while its quantisation config is attached; the model is
+rebuilt from its config and its de-quantised float32 weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from st_llm_embed.modules.llm_backbone import keep_first_layers
+
+
+def unpack_gguf(file: Path, folder: Path, num_layers: int | None = None) -> None:
+    """Write the model and tokenizer of a GGUF file to ``folder`` as float32 safetensors.
+
+    Args:
+        file: a ``.gguf`` file of an architecture that transformers can read.
+        folder: where to write.
+        num_layers: keep only the first ``num_layers`` layers.
+
+    Raises:
+        FileNotFoundError: if ``file`` does not exist.
+        ImportError: if the ``gguf`` package is missing.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no GGUF file at {file}.")
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    del quantised.config.quantization_config
+    quantised.config._name_or_path = file.stem
+    if num_layers is not None:
+        keep_first_layers(quantised, num_layers)
+    with torch.device("meta"):  # the weights are assigned below: no need to draw random ones first
+        model = type(quantised)(quantised.config)
+    model.load_state_dict(quantised.state_dict(), assign=True)
+    model.tie_weights()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        logging.enable_progress_bar()
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,105 @@
+"""``build_model``: the one place where backbone, pooling and prompts are joined into a plain SentenceTransformer.
+
+A recipe names what its paper fixes; every argument of the backbone and of the pooling can be overridden by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Module, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+from st_llm_embed.gguf import unpack_gguf
+from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling
+from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The parts of one way to make an embedding model: pooling class, default arguments, prompts."""
+
+    pooling: type[Module]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+
+
+RECIPES = {
+    # arXiv 2405.17428. Task prompts come with the training data.
+    "nv-embed": Recipe(LatentAttentionPooling, {"attention": "bidirectional"}),
+    # arXiv 2312.15503, the paper's variant: EBAE's prompt for similarity and documents, EBAR's for queries.
+    "llara": Recipe(
+        PromptTokenPooling,
+        {"attention": "causal"},
+        {"similarity": EBAE_PROMPT, "passage": EBAE_PROMPT, "document": EBAE_PROMPT, "query": EBAR_PROMPT},
+        "similarity",
+    ),
+    "mean": Recipe(Pooling, {"attention": "bidirectional", "pooling_mode": "mean"}),
+    "last-token": Recipe(Pooling, {"attention": "causal", "pooling_mode": "lasttoken"}),
+}
+
+
+def build_model(base: str | Path, recipe: str = "nv-embed", **overrides: Any) -> SentenceTransformer:
+    """Make a text-embedding model of a decoder-only LLM.
+
+    Args:
+        base: a Hub id, a local folder, or a ``.gguf`` file.
+        recipe: ``nv-embed``, ``llara``, ``mean`` or ``last-token``.
+        **overrides: arguments of ``LLMBackbone`` (``attention``, ``num_layers``, ``max_seq_length``, ``model_kwargs``,
+            ...) and of the recipe's pooling module (``num_latents``, ``head_dim``, ...).
+
+    Returns:
+        A SentenceTransformer of backbone, pooling and ``Normalize``, untrained where the recipe adds weights.
+
+    Raises:
+        ValueError: for an unknown recipe or override, a base that cannot be found, or one that is not a decoder-only
+            LLM.
+    """
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe={recipe!r} is unknown. Valid recipes: {', '.join(RECIPES)}.")
+    chosen = RECIPES[recipe]
+    backbone_names = _argument_names(LLMBackbone) | _argument_names(Transformer) - {"model_name_or_path", "kwargs"}
+    pooling_names = _argument_names(chosen.pooling) - {"embedding_dimension"}
+    if unknown := sorted(set(overrides) - backbone_names - pooling_names):
+        raise ValueError(
+            f"build_model got unknown arguments {unknown}. The backbone takes {sorted(backbone_names)}; "
+            f"{chosen.pooling.__name__} takes {sorted(pooling_names)}."
+        )
+    arguments = {**chosen.defaults, **overrides}
+    backbone = _load_backbone(base, {k: v for k, v in arguments.items() if k in backbone_names})
+    pooling = chosen.pooling(
+        backbone.get_embedding_dimension(), **{k: v for k, v in arguments.items() if k in pooling_names}
+    )
+    return SentenceTransformer(
+        modules=[backbone, pooling, Normalize()],
+        prompts=chosen.prompts,
+        default_prompt_name=chosen.default_prompt_name,
+        similarity_fn_name="cosine",
+    )
+
+
+def _argument_names(module: type[Module]) -> set[str]:
+    return set(inspect.signature(module.__init__).parameters) - {"self"}
+
+
+def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:
+    path = Path(base)
+    if path.suffix == ".gguf":
+        with tempfile.TemporaryDirectory() as folder:
+            unpack_gguf(path, Path(folder), arguments.pop("num_layers", None))
+            backbone = LLMBackbone(folder, **arguments)
+        backbone.model.config._name_or_path = backbone.model.name_or_path = path.stem
+        return backbone
+    try:
+        return LLMBackbone(str(base), **arguments)
+    except OSError as error:
+        raise ValueError(
+            f"base={str(base)!r} could not be loaded. Give the Hub id of a decoder-only LLM (such as "
+            f"'HuggingFaceTB/SmolLM2-135M'), a folder with its config.json and weights, or a .gguf file. ({error})"
+        ) from error

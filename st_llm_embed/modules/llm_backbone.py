@@ -1,0 +1,215 @@
+"""A decoder-only LLM as the first module of a SentenceTransformer: text in, token embeddings out.
+
+Four things on top of sentence-transformers' ``Transformer``, whose loading, saving, prompts and truncation it keeps:
+
+- ``attention``: causal, or bidirectional as in NV-Embed (arXiv 2405.17428), proven by a probe;
+- an EOS token after every text, kept by truncation;
+- the exact instruction mask: which tokens belong to the prompt, decided by character offsets, row by row;
+- prompts with a part after the text, such as LLaRA's ``"{text} The next sentence:"`` (arXiv 2312.15503).
+
+``preprocess`` gives ``input_ids`` and ``attention_mask`` ``(batch, seq)`` and, where there is a prompt,
+``instruction_mask`` ``(batch, seq)`` with 1 on the tokens to keep out of the pool. ``forward`` adds
+``token_embeddings`` ``(batch, seq, dim)``, after the LLM's final norm, and takes ``structured_mask`` ``(batch, seq,
+seq)`` with ``position_ids`` ``(batch, seq)`` in place of its own mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sentence_transformers.base.modules import Transformer
+from tokenizers.processors import Sequence as ProcessorSequence
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention_mode import additive_mask, set_attention_mode
+
+TEXT = "{text}"
+TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+
+
+class LLMBackbone(Transformer):
+    """A decoder-only LLM with mask control.
+
+    Args:
+        model_name_or_path: a Hub id or a local folder of a decoder-only LLM.
+        attention: ``"bidirectional"`` (every token sees every token) or ``"causal"``.
+        add_eos: end every text with the tokenizer's EOS token, also when it is truncated.
+        num_layers: keep only the first ``num_layers`` layers and the final norm. Not a saved key: the saved
+            ``config.json`` holds the new depth.
+        **kwargs: the arguments of ``sentence_transformers.base.modules.Transformer``.
+
+    Raises:
+        ValueError: for an unknown mode, a model that is not a decoder-only LLM or cannot take the mode, a tokenizer
+            without EOS, or ``num_layers`` outside 1..depth.
+    """
+
+    config_keys = [*Transformer.config_keys, "attention", "add_eos"]
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        attention: str = "bidirectional",
+        add_eos: bool = True,
+        num_layers: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Plain text even where the tokenizer has a chat template: Transformer would render every text as a chat.
+        kwargs.setdefault("modality_config", TEXT_ONLY)
+        kwargs.setdefault("module_output_name", "token_embeddings")
+        # NOTE: flash attention's flattened batches carry no instruction mask yet, so batches stay padded.
+        kwargs.setdefault("unpad_inputs", False)
+        super().__init__(model_name_or_path, **kwargs)
+        self.attention = attention
+        self.add_eos = add_eos
+        self._suffix_ids: dict[str, list[int]] = {}
+        if num_layers is not None:
+            keep_first_layers(self.model, num_layers)
+        set_attention_mode(self.model, attention)
+        self._set_special_tokens()
+
+    def _set_special_tokens(self) -> None:
+        """Pad with something, and append EOS by the tokenizer itself, so that stock modules reload it too."""
+        tokenizer = self.tokenizer
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"The tokenizer of {self.model.config.model_type!r} has no EOS token. Pass "
+                "processor_kwargs={'eos_token': '<a token of its vocabulary>'}."
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if self.add_eos and tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+            eos = TemplateProcessing(
+                single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
+            )
+            backend = tokenizer.backend_tokenizer
+            backend.post_processor = (
+                eos if backend.post_processor is None else ProcessorSequence([backend.post_processor, eos])
+            )
+
+    def preprocess(
+        self,
+        inputs: Sequence[str],
+        prompt: str | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Tokenize texts, each with the prompt around it.
+
+        Args:
+            inputs: texts.
+            prompt: put before every text; or, where it contains ``{text}``, around it: truncation then cuts the text,
+                never the part after it.
+            processing_kwargs: as in ``Transformer.preprocess``.
+
+        Raises:
+            ValueError: if the part of the prompt after the text leaves no room for text within ``max_seq_length``.
+        """
+        prefix, _, suffix = (prompt or "").partition(TEXT)
+        if not (prefix or suffix or self.add_eos):
+            # A text without a single token would have no embedding: it becomes EOS alone.
+            inputs = [text if text.strip() else self.tokenizer.eos_token for text in inputs]
+        suffix_ids = self.tokenize_suffix(suffix) if suffix else []
+        text_kwargs = dict((processing_kwargs or {}).get("text", {}))
+        if prefix:
+            text_kwargs["return_offsets_mapping"] = True
+        if suffix_ids:
+            room = (kwargs.pop("max_length", None) or self.max_seq_length) - len(suffix_ids)
+            # One token of the text, besides BOS and EOS.
+            if room < 1 + self.tokenizer.num_special_tokens_to_add():
+                raise ValueError(
+                    f"The prompt {prompt!r} has {len(suffix_ids)} tokens after the text, which leaves no room for "
+                    f"text within max_seq_length={self.max_seq_length}. Raise max_seq_length or shorten the prompt."
+                )
+            text_kwargs["max_length"] = room
+        processing_kwargs = {**(processing_kwargs or {}), "text": text_kwargs}
+        features = super().preprocess(inputs, prompt=prefix or None, processing_kwargs=processing_kwargs, **kwargs)
+        if prefix:
+            features["instruction_mask"] = _instruction_mask(features, len(prefix))
+        if suffix_ids:
+            self._insert_suffix(features, suffix_ids)
+        return features
+
+    def tokenize_suffix(self, suffix: str) -> list[int]:
+        """Token ids of the part of a prompt that follows the text, without BOS and EOS.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        if suffix not in self._suffix_ids:
+            ids = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise ValueError(f"The prompt suffix {suffix!r} has no tokens. Give it some text.")
+            self._suffix_ids[suffix] = ids
+        return self._suffix_ids[suffix]
+
+    def _insert_suffix(self, features: dict[str, Any], suffix_ids: list[int]) -> None:
+        """Put the suffix after each row's text and before its EOS. Every row grows by the same number of columns."""
+        input_ids, attention_mask = features["input_ids"], features["attention_mask"]  # (batch, seq)
+        batch, seq = input_ids.shape
+        columns = torch.arange(seq, device=input_ids.device)
+        last = (columns * attention_mask).argmax(dim=1, keepdim=True)  # (batch, 1): each row's last real token
+        insert_at = last + (0 if self.add_eos else 1)
+        target = columns + (columns >= insert_at) * len(suffix_ids)  # (batch, seq): where each column goes
+        suffix_columns = insert_at + torch.arange(len(suffix_ids), device=input_ids.device)  # (batch, suffix)
+        suffix = torch.tensor(suffix_ids, device=input_ids.device).expand(batch, -1)
+        for key, fill in (("input_ids", suffix), ("attention_mask", 1), ("instruction_mask", 0)):
+            if key in features:
+                old = features[key]
+                new = old.new_zeros(batch, seq + len(suffix_ids)).scatter(1, target, old)
+                fill = torch.full_like(suffix, fill) if isinstance(fill, int) else fill
+                features[key] = new.scatter(1, suffix_columns, fill)
+        features.pop("offset_mapping", None)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Run the LLM.
+
+        Args:
+            features: what ``preprocess`` gives; optionally ``structured_mask`` ``(batch, seq, seq)``, True where the
+                query may attend to the key, and ``position_ids`` ``(batch, seq)``.
+
+        Returns:
+            The same dict with ``token_embeddings`` ``(batch, seq, dim)``.
+        """
+        if "structured_mask" in features:
+            # By keyword, so that features["attention_mask"] stays what it is: pooling reads it, and the
+            # gradient-cached losses embed the same dict twice.
+            kwargs["attention_mask"] = additive_mask(features["structured_mask"], self.model.dtype)
+        own = ("structured_mask", "instruction_mask")  # the LLM's forward takes neither
+        features.update(super().forward({k: v for k, v in features.items() if k not in own}, **kwargs))
+        return features
+
+
+def _instruction_mask(features: dict[str, Any], prefix_length: int) -> Tensor:
+    """``(batch, seq)``: 1 from the first token (BOS too) to the last token that lies wholly inside the prompt.
+
+    A token that straddles the border, such as ``▁are`` of ``"Query: are"``, belongs to the text.
+    """
+    start, end = features.pop("offset_mapping").unbind(-1)  # (batch, seq), in characters of prompt + text
+    inside = (end > start) & (end <= prefix_length)
+    # Up to and including the last such token: BOS has no characters of its own, and neither has EOS after it.
+    up_to_last = inside.long().flip(1).cummax(dim=1).values.flip(1)
+    return up_to_last * features["attention_mask"]
+
+
+def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
+    """Cut the LLM to its first ``num_layers`` layers; embeddings and the final norm stay.
+
+    Raises:
+        ValueError: if ``num_layers`` is outside 1..depth.
+    """
+    config = model.config.get_text_config()
+    depth = config.num_hidden_layers
+    if not 1 <= num_layers <= depth:
+        raise ValueError(f"num_layers={num_layers} is outside 1..{depth}, the depth of {config.model_type!r}.")
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                setattr(parent, name, child[:num_layers])
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]

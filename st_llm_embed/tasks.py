@@ -1,0 +1,67 @@
+"""What a text-embedding model is asked to do, as data: the instruction, where it goes, and which negatives are safe.
+
+One ``Task`` gives the prompts for training (``prompts=`` of the training arguments), for ``encode``
+(``model.prompts``, saved with the model) and for evaluation. The prompt's form is NV-Embed's (arXiv 2405.17428):
+``Instruct: {task}\\nQuery: `` before queries, nothing before documents; both sides of a symmetric task get it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# LLaRA's two prompts (arXiv 2312.15503): the embedding is read off the token after them.
+EBAE_PROMPT = "{text} The original sentence:"
+EBAR_PROMPT = "{text} The next sentence:"
+
+# Kind -> (symmetric: the instruction goes on both sides, in-batch negatives are safe).
+KINDS = {
+    "retrieval": (False, True),
+    "sts": (True, False),
+    "classification": (True, False),
+    "clustering": (True, False),
+    "pair": (True, False),
+    "bitext": (True, True),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One embedding task.
+
+    Args:
+        name: the key of its data set and of its prompt in ``model.prompts``.
+        instruction: one sentence that says what to do, such as "Given a question, retrieve passages that answer it".
+        kind: ``retrieval``, ``sts``, ``classification``, ``clustering``, ``pair`` or ``bitext``.
+        in_batch_negatives: whether the other rows' texts may serve as negatives. Default: by kind; off where another
+            row is likely to share the class.
+
+    Raises:
+        ValueError: for an unknown kind, or an empty name or instruction.
+    """
+
+    name: str
+    instruction: str
+    kind: str = "retrieval"
+    in_batch_negatives: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"Task {self.name!r} has kind={self.kind!r}. Valid kinds: {', '.join(KINDS)}.")
+        if not self.name or not self.instruction:
+            raise ValueError(f"A task needs a name and an instruction; got {self.name!r} and {self.instruction!r}.")
+        if self.in_batch_negatives is None:
+            object.__setattr__(self, "in_batch_negatives", KINDS[self.kind][1])
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether both sides are of one sort and get the instruction."""
+        return KINDS[self.kind][0]
+
+    @property
+    def prompt(self) -> str:
+        return f"Instruct: {self.instruction}\nQuery: "
+
+    def column_prompts(self, columns: Iterable[str]) -> dict[str, str]:
+        """The prompt of each column that gets one: ``anchor``, or all of them for a symmetric task."""
+        return {column: self.prompt for column in columns if self.symmetric or column == "anchor"}

@@ -1,0 +1,107 @@
+"""SentenceTransformerTrainer that takes tasks: they set the prompts, the loss of each data set, and the saved prompts.
+
+With ``tasks``, NV-Embed's two stages (arXiv 2405.17428, section 4) differ in one switch: stage 1 uses in-batch
+negatives where the task allows them, stage 2 never does. Without ``tasks`` this is the host's trainer, with its data
+checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from torch import nn
+
+from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_columns
+from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
+from st_llm_embed.tasks import Task
+from st_llm_embed.training_args import LLMEmbedTrainingArguments
+
+AnyDataset = Dataset | IterableDataset | DatasetDict | dict[str, Dataset]
+
+
+class LLMEmbedTrainer(SentenceTransformerTrainer):
+    """The host's trainer with NV-Embed's stages and data checks.
+
+    Args:
+        model: the model to train.
+        args: ``LLMEmbedTrainingArguments``; ``args.stage`` and ``args.temperature`` are read with ``tasks`` only.
+        train_dataset: with ``tasks``, a dict from task name to a data set of ``anchor``, ``positive``,
+            ``negative_1..n``.
+        eval_dataset: likewise.
+        loss: as in the host; not with ``tasks``, which make their own.
+        tasks: one ``Task`` for each data set.
+        **kwargs: the host's other arguments.
+
+    Raises:
+        ValueError: for data sets and tasks that do not match, misnamed columns, empty rows, or ``tasks`` together with
+            ``loss`` or ``args.prompts``.
+    """
+
+    training_args_class = LLMEmbedTrainingArguments
+
+    def __init__(
+        self,
+        model: SentenceTransformer | None = None,
+        args: LLMEmbedTrainingArguments | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | None = None,
+        loss: nn.Module | None = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if tasks is not None:
+            if loss is not None or (args is not None and args.prompts):
+                raise ValueError("tasks= sets the losses and the prompts itself: leave out loss= and args.prompts.")
+            args = args or LLMEmbedTrainingArguments(output_dir="tmp_trainer")
+            named = {task.name: task for task in tasks}
+            for dataset in (train_dataset, eval_dataset):
+                if dataset is not None:
+                    _check_tasks(dataset, named)
+            args.prompts = {
+                name: named[name].column_prompts(rows.column_names)
+                for dataset in (train_dataset, eval_dataset)
+                for name, rows in (dataset or {}).items()
+            }
+            loss = {
+                name: partial(
+                    InstructionContrastiveLoss,
+                    scale=1 / args.temperature,
+                    in_batch_negatives=args.stage == 1 and task.in_batch_negatives,
+                )
+                for name, task in named.items()
+            }
+        elif isinstance(loss, PretextLoss):
+            for name, rows in _as_dict(train_dataset).items():
+                check_pretext_columns(rows, name)
+        super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
+        if tasks is not None:
+            self.model.prompts.update(encoding_prompts(tasks))
+
+
+def encoding_prompts(tasks: Sequence[Task]) -> dict[str, str]:
+    """``model.prompts`` for these tasks: one by name for each, and the first retrieval task's as ``query``, which
+    ``encode_query`` uses."""
+    prompts = {task.name: task.prompt for task in tasks}
+    retrieval = [task.prompt for task in tasks if task.kind == "retrieval"]
+    return {**prompts, "query": retrieval[0]} if retrieval else prompts
+
+
+def _as_dict(dataset: AnyDataset | None) -> dict[str, Dataset | IterableDataset]:
+    return dataset if isinstance(dataset, dict) else {} if dataset is None else {"train": dataset}
+
+
+def _check_tasks(dataset: AnyDataset, tasks: dict[str, Task]) -> None:
+    if not isinstance(dataset, dict):
+        raise ValueError(
+            f"tasks= needs a dict of data sets by task name, such as {{{next(iter(tasks))!r}: dataset}}; got "
+            f"{type(dataset).__name__}."
+        )
+    if unknown := sorted(set(dataset) - set(tasks)):
+        raise ValueError(f"The data sets {unknown} have no task. Tasks: {sorted(tasks)}.")
+    for name, rows in dataset.items():
+        check_contrastive_columns(rows, name)
