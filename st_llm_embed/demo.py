@@ -30,7 +30,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
 from st_llm_embed.data import consecutive_paragraphs, load_standard_library
-from st_llm_embed.evaluation import evaluate_bm25, evaluate_retrieval
+from st_llm_embed.evaluation import bm25_scores, model_scores, retrieval_test
 from st_llm_embed.hub import demand_empty, save_sealed
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import build_model
@@ -109,16 +109,17 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
         model.model_card_data.base_model = base or BUNDLED_ID
         model.prompts.update(encoding_prompts([RETRIEVAL, PACKAGES]))
         library = load_standard_library(settings.entries)
-        held_back = library.evaluation()
+        queries, documents, relevant = library.evaluation()
+        test = retrieval_test(queries, documents, relevant, "held-back modules")
         retrieval, packages = library.retrieval(settings.seed), library.classification(seed=settings.seed)
         paragraphs = consecutive_paragraphs(library.pretext_documents())
     with run.step("evaluate before training"):
-        results = {"BM25": evaluate_bm25(*held_back), "before training": evaluate_retrieval(model, *held_back)}
+        results = {"BM25": bm25_scores(test), "before training": model_scores(test, model)}
     with run.step("pretext: EBAE + EBAR"), tempfile.TemporaryDirectory() as scratch:
         args = _arguments(scratch, settings, settings.pretext_steps, learning_rate=1e-4)
         losses = {"pretext": _train(LLMEmbedTrainer(model, args, paragraphs, loss=PretextLoss(model)))}
     with run.step("evaluate after pretext"):
-        results["after pretext"] = evaluate_retrieval(model, *held_back)
+        results["after pretext"] = model_scores(test, model)
     stages: list[tuple[str, int, int, float, dict[str, Dataset]]] = [
         ("stage 1", 1, settings.stage1_steps, 2e-4, {RETRIEVAL.name: retrieval}),
         ("stage 2", 2, settings.stage2_steps, 5e-5, {RETRIEVAL.name: retrieval, PACKAGES.name: packages}),
@@ -128,7 +129,7 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
             args = _arguments(scratch, settings, steps, learning_rate=learning_rate, stage=stage)
             losses[name] = _train(LLMEmbedTrainer(model, args, data, tasks=[RETRIEVAL, PACKAGES]))
         with run.step(f"evaluate after {name}"):
-            results[f"after {name}"] = evaluate_retrieval(model, *held_back)
+            results[f"after {name}"] = model_scores(test, model)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
@@ -140,8 +141,8 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
             "data": {
                 "train entries": len(library.train),
                 "held-back modules": len({entry.module for entry in library.test}),
-                "held-back documents": len(held_back[1]),
-                "held-back queries": len(held_back[0]),
+                "held-back documents": len(documents),
+                "held-back queries": len(queries),
             },
             "results": results,
             "losses": losses,
@@ -294,6 +295,7 @@ def _arguments(scratch: str, settings: DemoSettings, steps: int, **kwargs: Any) 
         logging_steps=max(1, steps // 10),
         dataloader_drop_last=True,
         save_strategy="no",
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         seed=settings.seed,
         **kwargs,

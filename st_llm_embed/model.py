@@ -97,6 +97,8 @@ def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:
         backbone.model.config._name_or_path = backbone.model.name_or_path = path.stem
         return backbone
     try:
+        if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise FileNotFoundError(f"{path} has no config.json")
         return LLMBackbone(str(base), **arguments)
     except OSError as error:
         raise ValueError(

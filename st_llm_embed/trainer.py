@@ -7,6 +7,7 @@ checked.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -57,7 +58,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         if tasks is not None:
             if loss is not None or (args is not None and args.prompts):
                 raise ValueError("tasks= sets the losses and the prompts itself: leave out loss= and args.prompts.")
-            args = args or LLMEmbedTrainingArguments(output_dir="tmp_trainer")
+            args = copy.copy(args) if args else LLMEmbedTrainingArguments(output_dir="tmp_trainer")
             named = {task.name: task for task in tasks}
             for dataset in (train_dataset, eval_dataset):
                 if dataset is not None:

@@ -99,7 +99,8 @@ def load_standard_library(limit: int | None = None) -> StandardLibrary:
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root)
         if not SKIPPED.intersection(path.parts) and not any(p.startswith("test_") for p in path.parts):
-            entries.update((entry.name, entry) for entry in _read_module(file, path))
+            # Some modules repeat others word for word: each text once, or what is held back would be trained on.
+            entries.update((entry.document, entry) for entry in _read_module(file, path))
     # A module is held back by the hash of its name: the same ones on every machine and Python.
     chosen = sorted(entries.values(), key=lambda e: hashlib.sha256(e.name.encode()).hexdigest())[:limit]
     held_back = {e.module for e in chosen if hashlib.sha256(e.module.encode()).digest()[0] < 0.15 * 256}

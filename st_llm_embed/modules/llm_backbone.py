@@ -15,6 +15,7 @@ seq)`` with ``position_ids`` ``(batch, seq)`` in place of its own mask.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from sentence_transformers.base.modules import Transformer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention_mode import additive_mask, set_attention_mode
 
@@ -83,13 +84,7 @@ class LLMBackbone(Transformer):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if self.add_eos and tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
-            eos = TemplateProcessing(
-                single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
-            )
-            backend = tokenizer.backend_tokenizer
-            backend.post_processor = (
-                eos if backend.post_processor is None else ProcessorSequence([backend.post_processor, eos])
-            )
+            _append_eos(tokenizer)
 
     def preprocess(
         self,
@@ -182,6 +177,26 @@ class LLMBackbone(Transformer):
         own = ("structured_mask", "instruction_mask")  # the LLM's forward takes neither
         features.update(super().forward({k: v for k, v in features.items() if k not in own}, **kwargs))
         return features
+
+
+def _append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the tokenizer itself end every text with EOS, within its maximum length."""
+    backend = tokenizer.backend_tokenizer
+    eos = tokenizer.eos_token
+    # NOTE: two templates in a row lose the second one's token, so an existing template (BOS) is extended.
+    state = json.loads(backend.to_str())["post_processor"]
+    processors = state["processors"] if state and state["type"] == "Sequence" else [state]
+    for template in processors:
+        if template and template["type"] == "TemplateProcessing":
+            template["single"].append({"SpecialToken": {"id": eos, "type_id": 0}})
+            template["special_tokens"][eos] = {"id": eos, "ids": [tokenizer.eos_token_id], "tokens": [eos]}
+            processor = backend.post_processor
+            processor.__setstate__(json.dumps(state).encode())
+            backend.post_processor = processor
+            return
+    template = TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)])
+    others = [] if state is None else [backend.post_processor]
+    backend.post_processor = ProcessorSequence([*others, template])
 
 
 def _instruction_mask(features: dict[str, Any], prefix_length: int) -> Tensor:

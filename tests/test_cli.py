@@ -1,0 +1,103 @@
+"""The command line: the demo in its short form, and errors that teach."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import save_llm
+
+from st_llm_embed import __version__
+from st_llm_embed.cli import main
+from st_llm_embed.demo import BUNDLED_ID, bundled_llm
+
+
+def test_the_demo_runs_from_end_to_end(tmp_path):
+    output = tmp_path / "demo"
+    assert main(["demo", "--smoke", "--output", str(output)]) == 0
+    assert sorted(file.name for file in output.iterdir()) == ["model", "report.json", "report.png"]
+    report = json.loads((output / "report.json").read_text())
+    assert report["base"] == BUNDLED_ID
+    phases = ["BM25", "before training", "after pretext", "after stage 1", "after stage 2"]
+    assert list(report["results"]) == phases
+    assert all(0 <= score <= 1 for scores in report["results"].values() for score in scores.values())
+    assert report["results"]["BM25"]["ndcg@10"] > 0.3  # the data is read as it should be
+    assert all({"ebae", "ebar"} <= set(row) for row in report["losses"]["pretext"])
+    assert report["search"].count("\n") == 5 * 4 - 1  # three modules for each question
+    card = (output / "model" / "README.md").read_text()
+    assert f"| after stage 2 | {report['results']['after stage 2']['ndcg@10']:.3f}" in card
+    assert f"base_model: {BUNDLED_ID}" in card
+    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in tmp_path.iterdir()] == ["demo"]
+
+
+def test_the_bundled_llm_survives_its_journey_from_gguf(tmp_path):
+    """Its layers cut or not, the rebuilt model is the one that transformers reads."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from st_llm_embed import build_model
+
+    file = bundled_llm()
+    ours = build_model(file, "last-token", num_layers=2)
+    assert ours[0].config.num_hidden_layers == 2
+    ids = torch.tensor([[19556, 905, 2]])
+    original = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with torch.no_grad():
+        expected = original.model.norm(original(ids, output_hidden_states=True).hidden_states[2])
+        torch.testing.assert_close(ours[0].model(ids).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+    ours.save_pretrained(str(tmp_path / "saved"))  # which transformers refuses for the model it read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base", "no/such-model"], "base='no/such-model' could not be loaded. Give the Hub id"),
+        (["--num-layers", "99"], r"num_layers=99 is outside 1..30"),
+    ],
+)
+def test_bad_arguments_are_one_message(tmp_path, capsys, arguments, message):
+    output = tmp_path / "demo"
+    assert main(["demo", "--smoke", "--output", str(output), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_used_output_folder_is_refused_at_once(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+
+
+def test_help_and_version_are_quick_and_true(capsys):
+    for arguments, expected in ((["--help"], "demo"), (["demo", "--help"], "--smoke"), (["--version"], __version__)):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 0 and expected in capsys.readouterr().out
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path):
+    base = save_llm(tmp_path / "base")
+    work = tmp_path / "work"
+    work.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "st_llm_embed", "demo", "--smoke", "--base", base, "--output", "out"],
+        cwd=work,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stdout:
+        if line.startswith("== save"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert list(work.iterdir()) == []

@@ -1,0 +1,212 @@
+"""LLMBackbone: the mask is what it says, EOS stays, and the instruction mask is exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TEXTS, save_llm, train_tokenizer
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    MambaConfig,
+    MistralConfig,
+    T5Config,
+    T5Model,
+)
+
+from st_llm_embed import LLMBackbone
+from st_llm_embed.modules.attention_mode import additive_mask
+
+
+def token_embeddings(backbone: LLMBackbone, texts: list[str], **kwargs) -> list[torch.Tensor]:
+    """Each text's ``(length, dim)`` hidden states, padding dropped."""
+    with torch.no_grad():
+        features = backbone(backbone.preprocess(texts, **kwargs))
+    return [h[m.bool()] for h, m in zip(features["token_embeddings"], features["attention_mask"], strict=True)]
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_first_token_sees_the_last_only_when_bidirectional(llm, attention, implementation):
+    backbone = LLMBackbone(llm, attention=attention, model_kwargs={"attn_implementation": implementation}).eval()
+    assert backbone.model.config._attn_implementation == implementation
+    for texts in (["the cat sat on"], ["the cat sat on", "seven dogs were barking at the moon"]):  # alone, and padded
+        before = token_embeddings(backbone, texts)[0]
+        after = token_embeddings(backbone, ["the cat sat dog", *texts[1:]])[0]
+        assert torch.equal(before[0], after[0]) == (attention == "causal")
+        assert not torch.equal(before[-2], after[-2])
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_text_alone_equals_the_text_in_a_padded_batch(llm, attention, side):
+    backbone = LLMBackbone(llm, attention=attention).eval()
+    backbone.tokenizer.padding_side = side
+    for text, in_batch in zip(TEXTS, token_embeddings(backbone, TEXTS, prompt="Query: "), strict=True):
+        alone = token_embeddings(backbone, [text], prompt="Query: ")[0]
+        torch.testing.assert_close(in_batch, alone, atol=1e-5, rtol=0)
+
+
+def test_the_mode_survives_saving(llm, tmp_path):
+    LLMBackbone(llm, attention="bidirectional").save(str(tmp_path))
+    again = LLMBackbone.load(str(tmp_path))
+    assert again.attention == "bidirectional" and again.config.is_causal is False
+    assert again.tokenizer("a")["input_ids"].count(again.tokenizer.eos_token_id) == 1
+
+
+def test_mistrals_window_is_opened(tmp_path):
+    tokenizer = train_tokenizer()
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=3,
+        initializer_range=0.2,
+    )
+    backbone = LLMBackbone(save_llm(tmp_path, config, tokenizer)).eval()
+    far = "a b c d e f g h i j k l m n"
+    before, after = token_embeddings(backbone, [far])[0], token_embeddings(backbone, [far[:-1] + "z"])[0]
+    assert len(before) > 12 and not torch.equal(before[0], after[0])
+
+
+def test_refuses_what_cannot_be_a_bidirectional_decoder(tmp_path):
+    tokenizer = train_tokenizer()
+    small = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    bert = BertModel(BertConfig(**small, num_attention_heads=4, intermediate_size=64))
+    t5 = T5Model(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8))
+    bart = BartModel(BartConfig(vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1))
+    cases = (
+        ("bert", bert, "'bert' is an encoder"),
+        ("t5", t5, "'t5' is an encoder"),  # sentence-transformers takes its encoder half
+        ("bart", bart, "'bart' is an encoder-decoder"),
+    )
+    for name, model, message in cases:
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=message):
+            LLMBackbone(str(tmp_path / name))
+    mamba = save_llm(tmp_path / "mamba", MambaConfig(**small, state_size=4), tokenizer)
+    with pytest.raises(ValueError, match="'mamba'.*does not obey attention='bidirectional'"):
+        LLMBackbone(mamba)
+    gemma = Gemma2Config(**small, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=64)
+    with pytest.raises(ValueError, match="'gemma2' has sliding-window layers"):
+        LLMBackbone(save_llm(tmp_path / "gemma2", gemma, tokenizer))
+
+
+def test_refuses_unknown_arguments_with_the_valid_ones(llm):
+    with pytest.raises(ValueError, match="attention='both' is unknown. Valid modes: bidirectional, causal"):
+        LLMBackbone(llm, attention="both")
+    for depth in (0, 3):
+        with pytest.raises(ValueError, match=rf"num_layers={depth} is outside 1\.\.2"):
+            LLMBackbone(llm, num_layers=depth)
+
+
+def test_num_layers_keeps_the_first_layers_and_the_norm(llm, tmp_path):
+    whole, cut = LLMBackbone(llm, attention="causal").eval(), LLMBackbone(llm, attention="causal", num_layers=1).eval()
+    features = whole.preprocess(["the cat sat"])
+    with torch.no_grad():
+        states = whole.model(features["input_ids"], output_hidden_states=True).hidden_states
+        expected = whole.model.norm(states[1])
+        torch.testing.assert_close(cut(dict(features))["token_embeddings"], expected)
+    cut.save(str(tmp_path))
+    assert LLMBackbone.load(str(tmp_path)).config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+@pytest.mark.parametrize("bos", [True, False])
+def test_every_text_ends_in_one_eos_also_when_truncated(tmp_path, byte_level, bos):
+    path = save_llm(tmp_path, tokenizer=train_tokenizer(byte_level, bos))
+    backbone = LLMBackbone(path, max_seq_length=16)
+    features = backbone.preprocess(TEXTS)
+    assert features["input_ids"].shape[1] == 16
+    eos = backbone.tokenizer.eos_token_id
+    for ids, mask in zip(features["input_ids"], features["attention_mask"], strict=True):
+        real = ids[mask.bool()].tolist()
+        assert real[-1] == eos and real.count(eos) == 1 and (real[0] == 1) == bos
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("prompt", ["Instruct: find it\nQuery: ", "Query:", "Query:\n", "find x"])
+def test_the_instruction_mask_leaves_exactly_the_text(tmp_path, byte_level, side, prompt):
+    backbone = LLMBackbone(save_llm(tmp_path, tokenizer=train_tokenizer(byte_level)))
+    tokenizer = backbone.tokenizer
+    tokenizer.padding_side = side
+    texts = ["are cats", "", "日本", "\n lines", " the moon", "x"]
+    features = backbone.preprocess(texts, prompt=prompt)
+    for text, ids, real, masked in zip(
+        texts, features["input_ids"], features["attention_mask"], features["instruction_mask"], strict=True
+    ):
+        assert not (masked & (1 - real)).any()
+        kept = ids[(real - masked).bool()].tolist()
+        assert kept[-1] == tokenizer.eos_token_id
+        # Oracle: the longest run of final tokens whose characters reach into the text.
+        encoded = tokenizer(prompt + text, return_offsets_mapping=True)
+        ends = [end for start, end in encoded["offset_mapping"] if end > start]
+        assert len(kept) - 1 == sum(end > len(prompt) for end in ends)
+        # And without offsets: what is kept reads as the text, up to the space that a token may share with the prompt.
+        assert tokenizer.decode(kept[:-1]).strip() in (text.strip(), (prompt.split()[-1] + text).strip())
+
+
+def test_without_a_prompt_there_is_no_instruction_mask(llm):
+    assert "instruction_mask" not in LLMBackbone(llm).preprocess(["a"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("add_eos", [True, False])
+def test_a_suffix_follows_the_text_and_truncation_spares_it(llm, side, add_eos):
+    backbone = LLMBackbone(llm, add_eos=add_eos, max_seq_length=40)
+    tokenizer = backbone.tokenizer
+    tokenizer.padding_side = side
+    suffix = tokenizer(" The next sentence:", add_special_tokens=False)["input_ids"]
+    features = backbone.preprocess(TEXTS, prompt="Text: {text} The next sentence:")
+    assert features["input_ids"].shape[1] == 40
+    rows = zip(TEXTS, features["input_ids"], features["attention_mask"], features["instruction_mask"], strict=True)
+    for text, ids, real, masked in rows:
+        body = tokenizer("Text: " + text, add_special_tokens=False)["input_ids"]
+        tail = [*suffix, *([tokenizer.eos_token_id] if add_eos else [])]
+        assert ids[real.bool()].tolist() == [1, *body[: 40 - 1 - len(tail)], *tail]
+        assert tokenizer.decode(ids[masked.bool()]).strip() == "<s>Text:"
+
+
+def test_a_suffix_that_leaves_no_room_or_has_no_tokens_is_refused(llm):
+    backbone = LLMBackbone(llm, max_seq_length=8)
+    with pytest.raises(ValueError, match="leaves no room for text within max_seq_length=8"):
+        backbone.preprocess(["a"], prompt="{text}" + " The next sentence:" * 3)
+    with pytest.raises(ValueError, match="has no tokens"):
+        backbone.tokenize_suffix("")
+
+
+def test_an_empty_text_has_a_token_even_without_special_tokens(tmp_path):
+    backbone = LLMBackbone(save_llm(tmp_path, tokenizer=train_tokenizer(bos=False)), add_eos=False)
+    features = backbone.preprocess(["", "a cat", " "])
+    assert (features["attention_mask"].sum(dim=1) >= 1).all()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_structured_mask_is_honoured(llm, implementation):
+    backbone = LLMBackbone(llm, model_kwargs={"attn_implementation": implementation}).eval()
+    features = backbone.preprocess(["the cat sat on the mat"])
+    seq = features["input_ids"].shape[1]
+    causal = torch.ones(1, seq, seq, dtype=torch.bool).tril()
+    with torch.no_grad():
+        masked = backbone({**features, "structured_mask": causal})["token_embeddings"]
+        expected = LLMBackbone(llm, attention="causal").eval()(dict(features))["token_embeddings"]
+    torch.testing.assert_close(masked, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(masked, backbone(dict(features))["token_embeddings"], atol=1e-3)
+    assert additive_mask(causal, torch.float32).shape == (1, 1, seq, seq)
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    path = save_llm(tmp_path)
+    tokenizer = train_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(path)
+    with pytest.raises(ValueError, match="has no EOS token. Pass processor_kwargs"):
+        LLMBackbone(path)

@@ -1,0 +1,72 @@
+"""build_model: plain SentenceTransformers that encode anything."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
+
+from st_llm_embed import LatentAttentionPooling, LLMBackbone, build_model
+from st_llm_embed.model import RECIPES
+
+TEXTS = ["", "a cat", "日本語 🐈 ñandú", "word " * 2000, "a cat"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_encodes_anything(llm, recipe):
+    model = build_model(llm, recipe)
+    assert type(model) is SentenceTransformer and model.get_embedding_dimension() == 32
+    vectors = model.encode(TEXTS)
+    assert vectors.shape == (5, 32) and np.isfinite(vectors).all()
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(vectors[1], vectors[4], atol=1e-6)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+    np.testing.assert_allclose(model.encode(""), vectors[0], atol=1e-5)
+    np.testing.assert_allclose(model.encode(["a cat"])[0], vectors[1], atol=1e-5)
+    assert np.isfinite(model.encode_query(TEXTS)).all() and np.isfinite(model.encode_document(TEXTS)).all()
+
+
+def test_modules_composed_by_hand_are_the_recipe(llm):
+    torch.manual_seed(3)
+    built = build_model(llm, "nv-embed", num_latents=7)
+    torch.manual_seed(3)
+    backbone = LLMBackbone(llm, attention="bidirectional")
+    by_hand = SentenceTransformer(modules=[backbone, LatentAttentionPooling(32, num_latents=7), Normalize()])
+    np.testing.assert_allclose(built.encode(TEXTS), by_hand.encode(TEXTS), atol=1e-6)
+
+
+def test_overrides_reach_the_part_they_name(llm):
+    model = build_model(llm, num_latents=5, head_dim=3, attention="causal", num_layers=1, max_seq_length=9)
+    assert (model[1].num_latents, model[1].head_dim, model[0].attention) == (5, 3, "causal")
+    assert model[0].config.num_hidden_layers == 1 and model.max_seq_length == 9
+    half = build_model(llm, model_kwargs={"dtype": torch.bfloat16})
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and np.isfinite(half.encode(TEXTS)).all()
+
+
+def test_llara_reads_queries_and_documents_under_different_prompts(llm):
+    model = build_model(llm, "llara")
+    query, document, similarity = model.encode_query("a cat"), model.encode_document("a cat"), model.encode("a cat")
+    np.testing.assert_allclose(document, similarity, atol=1e-6)
+    assert np.abs(query - document).max() > 1e-3
+    suffix = " The next sentence:"
+    ids = model.preprocess(["a cat"], prompt=model.prompts["query"])["input_ids"][0]
+    assert model.tokenizer.decode(ids) == f"<s>a cat{suffix}</s>"
+
+
+def test_bad_arguments_are_named_with_the_valid_ones(llm, tmp_path):
+    with pytest.raises(
+        ValueError, match="recipe='nvembed' is unknown. Valid recipes: nv-embed, llara, mean, last-token"
+    ):
+        build_model(llm, "nvembed")
+    with pytest.raises(
+        ValueError, match=r"unknown arguments \['latents'\].*LatentAttentionPooling takes.*num_latents"
+    ):
+        build_model(llm, latents=3)
+    with pytest.raises(ValueError, match="base='no/such-model' could not be loaded. Give the Hub id"):
+        build_model("no/such-model")
+    with pytest.raises(ValueError, match=r"could not be loaded.*has no config.json"):
+        build_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no GGUF file"):
+        build_model(tmp_path / "missing.gguf")

@@ -1,0 +1,203 @@
+"""LLMEmbedTrainer: tasks set prompts and losses, the stage switches in-batch negatives, bad data stops early."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+from st_llm_embed import (
+    InstructionContrastiveLoss,
+    LLMEmbedTrainer,
+    LLMEmbedTrainingArguments,
+    PretextLoss,
+    Task,
+    build_model,
+)
+from st_llm_embed.trainer import encoding_prompts
+
+DOCS = Task("docs", "Given a question, retrieve passages that answer it")
+TOPICS = Task("topics", "Identify the topic", "classification")
+
+
+def rows(negatives: int = 2, count: int = 8) -> Dataset:
+    columns = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(negatives))]
+    return Dataset.from_dict({c: [f"{c} about cats number {i}" for i in range(count)] for c in columns})
+
+
+def arguments(folder, **kwargs) -> LLMEmbedTrainingArguments:
+    defaults = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": [], "save_strategy": "no"}
+    quiet = {"disable_tqdm": True, "logging_steps": 1, "use_cpu": True, "learning_rate": 1e-3}
+    return LLMEmbedTrainingArguments(str(folder), **{**defaults, **quiet, **kwargs})
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def moved(model, before) -> set[str]:
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_tasks_say_what_goes_where():
+    assert DOCS.prompt == "Instruct: Given a question, retrieve passages that answer it\nQuery: "
+    assert DOCS.column_prompts(["anchor", "positive", "negative"]) == {"anchor": DOCS.prompt}
+    assert TOPICS.column_prompts(["anchor", "positive"]) == {"anchor": TOPICS.prompt, "positive": TOPICS.prompt}
+    assert DOCS.in_batch_negatives and not TOPICS.in_batch_negatives
+    assert not Task("x", "y", in_batch_negatives=False).in_batch_negatives
+    assert encoding_prompts([TOPICS, DOCS]) == {
+        "topics": TOPICS.prompt,
+        "docs": DOCS.prompt,
+        "query": DOCS.prompt,
+    }
+    with pytest.raises(ValueError, match="kind='search'. Valid kinds: retrieval, sts"):
+        Task("x", "y", "search")
+    with pytest.raises(ValueError, match="needs a name and an instruction"):
+        Task("x", "")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("recipe", ["nv-embed", "llara"])
+def test_both_stages_train_every_weight_and_save_the_prompts(llm, tmp_path, stage, recipe):
+    model = build_model(llm, recipe)
+    before = parameters(model)
+    data = {"docs": rows(), "topics": rows(1)}
+    trainer = LLMEmbedTrainer(model, arguments(tmp_path, stage=stage, max_steps=4), data, tasks=[DOCS, TOPICS])
+    assert trainer.loss["docs"].in_batch_negatives == (stage == 1)
+    assert trainer.loss["topics"].in_batch_negatives is False
+    assert trainer.loss["docs"].scale == pytest.approx(50)
+    trainer.train()
+    assert moved(model, before) == set(before)
+    assert model.prompts["docs"] == model.prompts["query"] == DOCS.prompt and model.prompts["topics"] == TOPICS.prompt
+
+
+def test_the_instruction_reaches_the_model_and_stays_out_of_the_pool(llm, tmp_path):
+    model = build_model(llm)
+    trainer = LLMEmbedTrainer(model, arguments(tmp_path), {"docs": rows()}, tasks=[DOCS])
+    batch = next(iter(trainer.get_train_dataloader()))
+    prompt = model.tokenizer(DOCS.prompt, add_special_tokens=False)["input_ids"]
+    assert batch["anchor_input_ids"][0, 1 : len(prompt)].tolist() == prompt[:-1]  # the last is a space that may merge
+    assert batch["anchor_instruction_mask"][0].sum() in (len(prompt), len(prompt) + 1)
+    assert "positive_instruction_mask" not in batch
+
+
+def test_gradient_cached_losses_give_the_same_gradients(llm):
+    """They embed the same features twice, so neither the mask nor anything else in them may change on the way."""
+    model = build_model(llm).eval()
+    data = rows(1)
+    gradients = []
+    for loss in (
+        InstructionContrastiveLoss(model),
+        CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=3),
+    ):
+        features = [model.preprocess(data["anchor"], prompt=DOCS.prompt)]
+        features += [model.preprocess(data[column]) for column in ("positive", "negative_1")]
+        model.zero_grad()
+        loss(features, None).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    plain, cached = gradients
+    assert all(gradient.abs().sum() > 0 for gradient in plain.values())
+    for name in plain:
+        torch.testing.assert_close(cached[name], plain[name], atol=1e-4, rtol=1e-3)
+
+
+def test_the_hosts_own_trainer_trains_our_models(llm, tmp_path):
+    model = build_model(llm)
+    before = parameters(model)
+    args = SentenceTransformerTrainingArguments(
+        str(tmp_path), prompts={"anchor": DOCS.prompt}, max_steps=2, learning_rate=1e-3, report_to=[], use_cpu=True
+    )
+    SentenceTransformerTrainer(model, args, rows(), loss=InstructionContrastiveLoss(model)).train()
+    assert moved(model, before) == set(before)
+
+
+def test_pretext_logs_its_parts(llm, tmp_path):
+    model = build_model(llm)
+    data = Dataset.from_dict({"text": ["the cat sat"] * 4, "next": ["dogs bark", "", "a", "b"]})
+    trainer = LLMEmbedTrainer(model, arguments(tmp_path), data, loss=PretextLoss(model))
+    before = parameters(model)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    assert all(entry["loss"] == pytest.approx(entry["ebae"] + entry["ebar"], abs=1e-2) for entry in logged)
+    assert {name for name in before if name.startswith("0.")} == moved(model, before)
+
+
+def test_the_best_checkpoint_comes_back(llm, tmp_path):
+    """The host matches a checkpoint's classes by dotted name; a rewritten reference would silently keep the last."""
+    model = build_model(llm)
+    args = arguments(
+        tmp_path,
+        max_steps=2,
+        learning_rate=0.5,  # the second step ruins what the first found
+        lr_scheduler_type="constant",
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_docs_loss",
+        greater_is_better=True,  # so that the worse loss is "best": the one that is not last
+    )
+    trainer = LLMEmbedTrainer(model, args, {"docs": rows()}, {"docs": rows(count=4)}, tasks=[DOCS])
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    losses = {e["step"]: e["eval_docs_loss"] for e in trainer.state.log_history if "eval_docs_loss" in e}
+    assert best.endswith(f"checkpoint-{max(losses, key=losses.get)}") and losses[1] != losses[2]
+    assert trainer.evaluate()["eval_docs_loss"] == pytest.approx(max(losses.values()), rel=1e-4)
+
+
+def bad(**columns):
+    return Dataset.from_dict(columns)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (bad(query=["a"], positive=["b"]), r"\['query', 'positive'\]. Expected.*Fix: dataset.rename_columns"),
+        (bad(positive=["a"], anchor=["b"]), "in this order: 'anchor', 'positive'"),
+        (bad(anchor=["a"], positive=["b"], neg=["c"]), "'negative', or 'negative_1'"),
+        (bad(anchor=["a"], positive=[3]), "Column 'positive' of data set 'docs' holds .*int64.*not text"),
+        (bad(anchor=["a", "a"], positive=["b", " \n"]), "Row 1 of data set 'docs' has an empty 'positive'"),
+        (bad(anchor=["a", None], positive=["b", "c"]), "Row 1 of data set 'docs' has an empty 'anchor'"),
+        (bad(anchor=["a"], positive=["b"]).filter(lambda row: False), "Data set 'docs' has no rows"),
+        (bad(anchor=["a", "", "c"], positive=["b"] * 3).select([2, 1]), "Row 1 of data set 'docs'"),
+    ],
+)
+def test_bad_data_is_refused_before_training(llm, tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        LLMEmbedTrainer(build_model(llm, "mean"), arguments(tmp_path), {"docs": data}, tasks=[DOCS])
+
+
+def test_bad_arguments_are_refused(llm, tmp_path):
+    model = build_model(llm, "mean")
+    args = arguments(tmp_path)
+    with pytest.raises(ValueError, match="needs a dict of data sets by task name, such as {'docs': dataset}"):
+        LLMEmbedTrainer(model, args, rows(), tasks=[DOCS])
+    with pytest.raises(ValueError, match=r"\['other'\] have no task. Tasks: \['docs'\]"):
+        LLMEmbedTrainer(model, args, {"other": rows()}, tasks=[DOCS])
+    with pytest.raises(ValueError, match="leave out loss= and args.prompts"):
+        LLMEmbedTrainer(model, args, {"docs": rows()}, loss=PretextLoss(model), tasks=[DOCS])
+    with pytest.raises(ValueError, match=r"stage=3 is unknown. Valid stages: 1"):
+        arguments(tmp_path, stage=3)
+    with pytest.raises(ValueError, match="temperature=0 must be positive"):
+        arguments(tmp_path, temperature=0)
+    with pytest.raises(ValueError, match="PretextLoss reads 'text' and 'next'"):
+        LLMEmbedTrainer(model, args, bad(sentence=["a"]), loss=PretextLoss(model))
+    stream = IterableDataset.from_generator(
+        lambda: iter([{"text": 1, "next": "b"}]), features=bad(text=[1], next=["b"]).features
+    )
+    with pytest.raises(ValueError, match="Column 'text' of data set 'train' holds"):
+        LLMEmbedTrainer(model, args, stream, loss=PretextLoss(model))
+
+
+def test_arguments_do_not_leak_between_trainers(llm, tmp_path):
+    """args.prompts is set by tasks; the caller's own object must not change under them."""
+    args = arguments(tmp_path)
+    before = copy.deepcopy(args.prompts)
+    LLMEmbedTrainer(build_model(llm, "mean"), args, {"docs": rows()}, tasks=[DOCS])
+    assert args.prompts == before
