@@ -1,0 +1,82 @@
+"""The codebase keeps its own rules: imports go one way, shipped files stand alone, importing does nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import st_llm_embed
+
+ROOT = Path(st_llm_embed.__file__).parent
+REPOSITORY = ROOT.parent
+# Lower layers first; a file imports from its own layer or a lower one. modules and hub import nothing of ours.
+LAYERS = [
+    {"modules", "version", "demo_search", "hub"},
+    {"tasks", "gguf", "data"},
+    {"model", "losses", "training_args", "evaluation"},
+    {"trainer"},
+    {"demo"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+
+
+def imports(file: Path) -> set[str]:
+    """Names of our own packages and files that ``file`` imports, absolutely or by a dot."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "st_llm_embed":
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("st_llm_embed") for alias in node.names), file
+    return found
+
+
+def test_imports_go_one_way():
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    files = sorted(ROOT.rglob("*.py"))
+    assert {file.relative_to(ROOT).parts[0].removesuffix(".py") for file in files} == set(level)
+    for file in files:
+        owner = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        for imported in imports(file):
+            assert level[imported] <= level[owner], f"{file} imports {imported}"
+        if owner in ("modules", "hub"):
+            assert imports(file) == set(), file
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "modules").glob("[!_]*.py")), ids=lambda file: file.stem)
+def test_shipped_files_stand_alone(file):
+    source = file.read_text()
+    assert "st_llm_embed" not in source and "st-llm-embed" not in source
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            # sentence-transformers follows only "from .sibling import name".
+            assert node.level == 0 or (
+                node.level == 1 and node.module and (file.parent / f"{node.module}.py").is_file()
+            )
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in ("eval", "exec", "torch.load", "pickle.load", "__import__")
+
+
+def test_every_file_opens_with_its_idea():
+    for file in sorted(ROOT.rglob("*.py")):
+        assert ast.get_docstring(ast.parse(file.read_text())), file
+
+
+def test_importing_only_defines_names():
+    script = "import sys, st_llm_embed; print(st_llm_embed.__version__, 'matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [st_llm_embed.__version__, "False"]
+
+
+def test_the_top_level_is_what_it_should_be():
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    visible = {Path(line).parts[0] for line in listed.stdout.splitlines()} - {".ci", ".gitignore"}
+    folders = {"st_llm_embed", "model_cards", "tests", "examples"}
+    assert visible == folders | {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"}
