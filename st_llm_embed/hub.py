@@ -158,12 +158,14 @@ def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
     """Would sentence-transformers' own Transformer do what the saved LLMBackbone does?
 
     The mode is in config.json and EOS in tokenizer.json. What stock lacks is the part of a prompt after the text, and
-    the exact instruction mask, which only a pooling that leaves the prompt out reads.
+    the exact instruction mask, which only a pooling that leaves the prompt out reads; and an adapter alone comes with
+    its base model's config.json, which knows nothing of the mode.
     """
     backbone, *others = modules
     prompts = _read_json(root / "config_sentence_transformers.json")["prompts"]
     return (
         backbone["type"].rpartition(".")[2] == BACKBONE
+        and not (root / "adapter_config.json").is_file()
         and all(entry["type"].startswith(STOCK) for entry in others)
         and not any("{text}" in prompt for prompt in prompts.values())
         and all(_read_json(root / m["path"] / "config.json").get("include_prompt", True) for m in others if m["path"])

@@ -23,6 +23,10 @@ CORPUS = [
 TEXTS = ["the cat sat", "seven dogs were barking at the moon", "", "日本語 café", "a " * 90]
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # two workers on two cores
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     set_seed(0)

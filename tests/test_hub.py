@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TEXTS
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed import build_model, publish
@@ -71,6 +72,15 @@ def test_three_generations_without_this_package(llm, tmp_path, recipe):
         assert np.abs(tuned[name] - copied[name]).max() > 1e-4
 
 
+@pytest.mark.parametrize("recipe", ["nv-embed", "mean"])
+def test_an_adapter_alone_keeps_its_attention_mode(llm, tmp_path, recipe):
+    """Its config.json is the base model's, which is causal."""
+    model = build_model(llm, recipe)
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    folder = save_sealed(model, tmp_path / "adapter")  # compares the vectors
+    assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
+
+
 def test_unsealed_needs_the_package_and_sealed_needs_trust(llm, tmp_path):
     model = build_model(llm)
     model.save_pretrained(str(tmp_path / "plain"))
@@ -94,7 +104,9 @@ def test_sealing_twice_changes_nothing(llm, tmp_path):
 
 def test_check_notices_other_vectors(llm, tmp_path):
     model = build_model(llm, "mean")
-    folder = save_sealed(model, tmp_path / "model")
+    folder = tmp_path / "model"
+    model.save_pretrained(str(folder))
+    seal(folder)
     assert check(folder, model) <= 1e-5
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "is_causal": True}))

@@ -103,7 +103,7 @@ def load_standard_library(limit: int | None = None) -> StandardLibrary:
             entries.update((entry.document, entry) for entry in _read_module(file, path))
     # A module is held back by the hash of its name: the same ones on every machine and Python.
     chosen = sorted(entries.values(), key=lambda e: hashlib.sha256(e.name.encode()).hexdigest())[:limit]
-    held_back = {e.module for e in chosen if hashlib.sha256(e.module.encode()).digest()[0] < 0.08 * 256}
+    held_back = {e.module for e in chosen if hashlib.sha256(e.module.encode()).digest()[0] < 0.07 * 256}
     return StandardLibrary(
         train=[e for e in chosen if e.module not in held_back], test=[e for e in chosen if e.module in held_back]
     )
