@@ -108,7 +108,8 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
         )
         # 28 of its 48 M parameters: what a few thousand texts cannot teach need not cost optimizer time.
         model[0].model.get_input_embeddings().requires_grad_(False)
-        model.model_card_data.base_model = base or BUNDLED_ID
+        if base is None or not Path(base).exists():  # a local folder's path is nobody else's business
+            model.model_card_data.base_model = base or BUNDLED_ID
         model.prompts.update(encoding_prompts([RETRIEVAL, PACKAGES]))
         library = load_standard_library(settings.entries)
         queries, documents, relevant = library.evaluation()

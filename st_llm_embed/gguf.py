@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from st_llm_embed.modules.llm_backbone import keep_first_layers
 
@@ -39,9 +38,5 @@ def unpack_gguf(file: Path, folder: Path, num_layers: int | None = None) -> None
         model = type(quantised)(quantised.config)
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        logging.enable_progress_bar()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -37,7 +37,6 @@ REQUIREMENTS = {
     "transformers": {"specifier": ">=5.2", "reason": "older versions ignore is_causal=false and attend causally"},
 }
 CHECK_TEXTS = ["How do I parse command line arguments?", "naïve café — 日本語", "word " * 300]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # on unit vectors
 FRESH_PROCESS = """
 import sys
 for name in sys.argv[4].split(","):
@@ -138,6 +137,7 @@ def seal(folder: str | Path) -> None:
     """Make a saved model folder independent of the packages that its modules come from. Sealing twice changes nothing.
 
     Raises:
+        FileNotFoundError: if it is not a folder that sentence-transformers saved.
         ValueError: if a module's class cannot be found to copy its source.
     """
     root = Path(folder)
@@ -168,7 +168,7 @@ def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
         and not (root / "adapter_config.json").is_file()
         and all(entry["type"].startswith(STOCK) for entry in others)
         and not any("{text}" in prompt for prompt in prompts.values())
-        and all(_read_json(root / m["path"] / "config.json").get("include_prompt", True) for m in others if m["path"])
+        and all(_read_json(config).get("include_prompt", True) for config in root.glob("[0-9]*_*/config.json"))
     )
 
 
@@ -195,7 +195,8 @@ def check(folder: str | Path, model: SentenceTransformer) -> float:
         The largest difference of any component, over a few texts under every saved prompt.
 
     Raises:
-        RuntimeError: if it does not load, or a component differs by more than 1e-5 (float32).
+        RuntimeError: if it does not load, or a component differs by more than 1e-5 (or, in half
+            precision, by its last bit).
     """
     remote = any(not entry["type"].startswith(STOCK) for entry in _read_json(Path(folder) / "modules.json"))
     with tempfile.TemporaryDirectory() as temporary:
@@ -219,10 +220,11 @@ def check(folder: str | Path, model: SentenceTransformer) -> float:
                 for name, prompt in model.prompts.items()
             }
     worst = max(differences, key=differences.get)
-    if not differences[worst] <= TOLERANCE[model.dtype]:
+    tolerance = max(1e-5, torch.finfo(model.dtype).eps)
+    if not differences[worst] <= tolerance:
         raise RuntimeError(
             f"{folder} gives other vectors in a fresh process: they differ by {differences[worst]:.1e} under the "
-            f"prompt {worst!r}, and at most {TOLERANCE[model.dtype]:.0e} is rounding."
+            f"prompt {worst!r}, and at most {tolerance:.0e} is rounding."
         )
     return differences[worst]
 
@@ -239,7 +241,7 @@ def _insert_card_section(card: Path, section: str) -> None:
 
 
 def _read_json(file: Path) -> dict | list:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _write_json(file: Path, content: dict | list) -> None:

@@ -14,7 +14,7 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str) -> 
     Raises:
         ValueError: naming the data set, the column and the row, and the fix.
     """
-    columns = list(dataset.column_names)
+    columns = list(dataset.column_names or [])
     negatives = columns[2:]
     named = negatives == ["negative"] or all(re.fullmatch(r"negative_\d+", column) for column in negatives)
     if columns[:2] != ["anchor", "positive"] or not named:
@@ -32,7 +32,7 @@ def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None
     Raises:
         ValueError: naming the data set, the column and the row, and the fix.
     """
-    columns = list(dataset.column_names)
+    columns = list(dataset.column_names or [])
     if columns != ["text", "next"]:
         raise ValueError(
             f"Data set {name!r} has the columns {columns}. PretextLoss reads 'text' and 'next', in this order. Fix: "

@@ -26,7 +26,7 @@ def set_attention_mode(model: PreTrainedModel, attention: str) -> None:
     """Make ``model`` attend in the given mode, in its saved config too, and prove it by a probe.
 
     Args:
-        model: a decoder-only LLM (with or without an LM head).
+        model: a decoder-only LLM without its LM head.
         attention: ``"bidirectional"`` or ``"causal"``.
 
     Raises:
@@ -92,9 +92,9 @@ def _last_token_reaches_first(model: PreTrainedModel, padded: bool) -> bool:
     last = PROBE_LENGTH - 3 if padded else PROBE_LENGTH - 1
     ids[1, last] = (ids[1, last] + vocabulary // 2) % vocabulary
     attention_mask = (torch.arange(PROBE_LENGTH, device=model.device) <= last).long().repeat(2, 1)
-    output = model(input_ids=ids, attention_mask=attention_mask, output_hidden_states=True)
+    output = model(input_ids=ids, attention_mask=attention_mask)
     model.train(training)
-    first = output.hidden_states[-1][:, 0].float()  # (2, dim)
+    first = output.last_hidden_state[:, 0].float()  # (2, dim)
     return bool((first[0] - first[1]).abs().max() > PROBE_THRESHOLD * first.abs().max())
 
 

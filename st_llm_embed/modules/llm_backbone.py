@@ -45,7 +45,7 @@ class LLMBackbone(Transformer):
 
     Raises:
         ValueError: for an unknown mode, a model that is not a decoder-only LLM or cannot take the mode, a tokenizer
-            without EOS, or ``num_layers`` outside 1..depth.
+            without EOS or without character offsets, or ``num_layers`` outside 1..depth.
     """
 
     config_keys = [*Transformer.config_keys, "attention", "add_eos"]
@@ -76,6 +76,11 @@ class LLMBackbone(Transformer):
     def _set_special_tokens(self) -> None:
         """Pad with something, and append EOS by the tokenizer itself, so that stock modules reload it too."""
         tokenizer = self.tokenizer
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no character offsets, which the instruction mask needs. Save it as a "
+                "fast tokenizer (tokenizer.json) first."
+            )
         if tokenizer.eos_token is None:
             raise ValueError(
                 f"The tokenizer of {self.model.config.model_type!r} has no EOS token. Pass "
@@ -177,6 +182,9 @@ class LLMBackbone(Transformer):
         own = ("structured_mask", "instruction_mask")  # the LLM's forward takes neither
         features.update(super().forward({k: v for k, v in features.items() if k not in own}, **kwargs))
         return features
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("Transformer", type(self).__name__, 1)
 
 
 def _append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
