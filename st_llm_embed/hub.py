@@ -163,10 +163,12 @@ def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
     """
     backbone, *others = modules
     prompts = _read_json(root / "config_sentence_transformers.json")["prompts"]
+    settings = _read_json(root / "sentence_bert_config.json")
     return (
         backbone["type"].rpartition(".")[2] == BACKBONE
         and not (root / "adapter_config.json").is_file()
         and all(entry["type"].startswith(STOCK) for entry in others)
+        and (settings["attention"] == "causal" or not _read_json(root / "config.json").get("is_causal", True))
         and not any("{text}" in prompt for prompt in prompts.values())
         and all(_read_json(config).get("include_prompt", True) for config in root.glob("[0-9]*_*/config.json"))
     )

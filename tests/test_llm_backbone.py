@@ -5,20 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import TEXTS, save_llm, train_tokenizer
-from transformers import (
-    BartConfig,
-    BartModel,
-    BertConfig,
-    BertModel,
-    Gemma2Config,
-    MambaConfig,
-    MistralConfig,
-    T5Config,
-    T5Model,
-)
 
 from st_llm_embed import LLMBackbone
-from st_llm_embed.modules.attention_mode import additive_mask
 
 
 def token_embeddings(backbone: LLMBackbone, texts: list[str], **kwargs) -> list[torch.Tensor]:
@@ -55,48 +43,6 @@ def test_the_mode_survives_saving(llm, tmp_path):
     again = LLMBackbone.load(str(tmp_path))
     assert again.attention == "bidirectional" and again.config.is_causal is False
     assert again.tokenizer("a")["input_ids"].count(again.tokenizer.eos_token_id) == 1
-
-
-def test_mistrals_window_is_opened(tmp_path):
-    tokenizer = train_tokenizer()
-    config = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=3,
-        initializer_range=0.2,
-    )
-    backbone = LLMBackbone(save_llm(tmp_path, config, tokenizer)).eval()
-    far = "a b c d e f g h i j k l m n"
-    before, after = token_embeddings(backbone, [far])[0], token_embeddings(backbone, [far[:-1] + "z"])[0]
-    assert len(before) > 12 and not torch.equal(before[0], after[0])
-
-
-def test_refuses_what_cannot_be_a_bidirectional_decoder(tmp_path):
-    tokenizer = train_tokenizer()
-    small = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
-    bert = BertModel(BertConfig(**small, num_attention_heads=4, intermediate_size=64))
-    t5 = T5Model(T5Config(vocab_size=len(tokenizer), d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8))
-    bart = BartModel(BartConfig(vocab_size=len(tokenizer), d_model=32, encoder_layers=1, decoder_layers=1))
-    cases = (
-        ("bert", bert, "'bert' is an encoder"),
-        ("t5", t5, "'t5' is an encoder"),  # sentence-transformers takes its encoder half
-        ("bart", bart, "'bart' is an encoder-decoder"),
-    )
-    for name, model, message in cases:
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-        with pytest.raises(ValueError, match=message):
-            LLMBackbone(str(tmp_path / name))
-    mamba = save_llm(tmp_path / "mamba", MambaConfig(**small, state_size=4), tokenizer)
-    with pytest.raises(ValueError, match="'mamba'.*does not obey attention='bidirectional'"):
-        LLMBackbone(mamba)
-    gemma = Gemma2Config(**small, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=64)
-    with pytest.raises(ValueError, match="'gemma2' has sliding-window layers"):
-        LLMBackbone(save_llm(tmp_path / "gemma2", gemma, tokenizer))
 
 
 def test_refuses_unknown_arguments_with_the_valid_ones(llm):
@@ -187,20 +133,6 @@ def test_an_empty_text_has_a_token_even_without_special_tokens(tmp_path):
     backbone = LLMBackbone(save_llm(tmp_path, tokenizer=train_tokenizer(bos=False)), add_eos=False)
     features = backbone.preprocess(["", "a cat", " "])
     assert (features["attention_mask"].sum(dim=1) >= 1).all()
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_a_structured_mask_is_honoured(llm, implementation):
-    backbone = LLMBackbone(llm, model_kwargs={"attn_implementation": implementation}).eval()
-    features = backbone.preprocess(["the cat sat on the mat"])
-    seq = features["input_ids"].shape[1]
-    causal = torch.ones(1, seq, seq, dtype=torch.bool).tril()
-    with torch.no_grad():
-        masked = backbone({**features, "structured_mask": causal})["token_embeddings"]
-        expected = LLMBackbone(llm, attention="causal").eval()(dict(features))["token_embeddings"]
-    torch.testing.assert_close(masked, expected, atol=1e-5, rtol=0)
-    assert not torch.allclose(masked, backbone(dict(features))["token_embeddings"], atol=1e-3)
-    assert additive_mask(causal, torch.float32).shape == (1, 1, seq, seq)
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):

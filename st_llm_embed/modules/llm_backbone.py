@@ -15,6 +15,7 @@ seq)`` with ``position_ids`` ``(batch, seq)`` in place of its own mask.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -23,10 +24,10 @@ import torch
 from sentence_transformers.base.modules import Transformer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention_mode import additive_mask, set_attention_mode
+from .attention_mode import attending, decoder_layers, set_attention_mode
 
 TEXT = "{text}"
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -68,6 +69,7 @@ class LLMBackbone(Transformer):
         self.attention = attention
         self.add_eos = add_eos
         self._suffix_ids: dict[str, list[int]] = {}
+        self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         if num_layers is not None:
             keep_first_layers(self.model, num_layers)
         set_attention_mode(self.model, attention)
@@ -175,12 +177,17 @@ class LLMBackbone(Transformer):
         Returns:
             The same dict with ``token_embeddings`` ``(batch, seq, dim)``.
         """
-        if "structured_mask" in features:
-            # By keyword, so that features["attention_mask"] stays what it is: pooling reads it, and the
-            # gradient-cached losses embed the same dict twice.
-            kwargs["attention_mask"] = additive_mask(features["structured_mask"], self.model.dtype)
+        structured_mask = features.get("structured_mask")
+        if self.tokenizer.padding_side == "left" and self._takes_position_ids and "position_ids" not in features:
+            # Learned positions (gpt2) would count the padding.
+            kwargs["position_ids"] = (features["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        if structured_mask is not None:
+            # It says all there is to say, padding too. By keyword, so that features["attention_mask"] stays what it
+            # is: pooling reads it, and the gradient-cached losses embed the same dict twice.
+            kwargs["attention_mask"] = torch.ones_like(features["attention_mask"])
         own = ("structured_mask", "instruction_mask")  # the LLM's forward takes neither
-        features.update(super().forward({k: v for k, v in features.items() if k not in own}, **kwargs))
+        with attending(self.model, self.attention, structured_mask):
+            features.update(super().forward({k: v for k, v in features.items() if k not in own}, **kwargs))
         return features
 
     def __repr__(self) -> str:
@@ -229,10 +236,7 @@ def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
     depth = config.num_hidden_layers
     if not 1 <= num_layers <= depth:
         raise ValueError(f"num_layers={num_layers} is outside 1..{depth}, the depth of {config.model_type!r}.")
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.ModuleList) and len(child) == depth:
-                setattr(parent, name, child[:num_layers])
+    del decoder_layers(model)[num_layers:]
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
