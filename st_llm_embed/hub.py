@@ -72,12 +72,7 @@ def save_sealed(model: SentenceTransformer, folder: str | Path, card_section: st
     target = Path(folder).resolve()
     demand_empty(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if (free := shutil.disk_usage(target.parent).free) < 1.1 * needed:
-        raise OSError(
-            f"{target.parent} has {free / 1e6:,.0f} MB free, and the model needs {1.1 * needed / 1e6:,.0f} MB. Make "
-            "room, or choose another folder."
-        )
+    demand_room(target.parent, model)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         staged = Path(temporary) / target.name
         model.save_pretrained(str(staged))
@@ -235,6 +230,16 @@ def demand_empty(folder: Path) -> None:
     """Raise FileExistsError if ``folder`` is there and holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another, or remove it first.")
+
+
+def demand_room(folder: Path, model: SentenceTransformer) -> None:
+    """Raise OSError if the disk of ``folder`` has no room for ``model``'s weights and a tenth more."""
+    needed = 1.1 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(
+            f"{folder} has {free / 1e6:,.0f} MB free, and the model needs {needed / 1e6:,.0f} MB. Make room, or "
+            "choose another folder."
+        )
 
 
 def _insert_card_section(card: Path, section: str) -> None:
