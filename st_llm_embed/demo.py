@@ -35,8 +35,8 @@ from st_llm_embed.hub import demand_empty, demand_room, save_sealed
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import build_model
 from st_llm_embed.report import card_section, draw_report, results_table
-from st_llm_embed.tasks import Task
-from st_llm_embed.trainer import LLMEmbedTrainer, encoding_prompts
+from st_llm_embed.tasks import Task, encoding_prompts
+from st_llm_embed.trainer import LLMEmbedTrainer
 from st_llm_embed.training_args import LLMEmbedTrainingArguments
 
 BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -117,7 +117,7 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
             base_name = Path(base_name).name
         else:
             model.model_card_data.base_model = base_name
-        model.prompts.update(encoding_prompts([RETRIEVAL, PACKAGES]))
+        model.prompts.update(encoding_prompts([RETRIEVAL, PACKAGES], model.prompts))
         library = load_standard_library(settings.entries)
         queries, documents, relevant = library.evaluation()
         test = retrieval_test(queries, documents, relevant, "held-back modules")

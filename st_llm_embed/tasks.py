@@ -7,7 +7,7 @@ One ``Task`` gives the prompts for training (``prompts=`` of the training argume
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 # LLaRA's two prompts (arXiv 2312.15503): the embedding is read off the token after them.
@@ -62,6 +62,38 @@ class Task:
     def prompt(self) -> str:
         return f"Instruct: {self.instruction}\nQuery: "
 
-    def column_prompts(self, columns: Iterable[str]) -> dict[str, str]:
-        """The prompt of each column that gets one: ``anchor``, or all of them for a symmetric task."""
-        return {column: self.prompt for column in columns if self.symmetric or column == "anchor"}
+    def column_prompts(self, columns: Iterable[str], model_prompts: Mapping[str, str]) -> dict[str, str]:
+        """The prompt of each column that gets one, in a model with prompts of its own.
+
+        ``anchor`` is a query, the other columns are documents; a symmetric task's texts are all of one sort. What the
+        model's prompt for that sort has after the text (LLaRA's do) stays there.
+        """
+        prompts = {}
+        for column in columns:
+            if self.symmetric:
+                prompt = before_text(self.prompt, model_prompts.get("similarity"))
+            elif column == "anchor":
+                prompt = before_text(self.prompt, model_prompts.get("query"))
+            else:
+                prompt = before_text("", model_prompts.get("document"))
+            if prompt:
+                prompts[column] = prompt
+        return prompts
+
+
+def before_text(instruction: str, model_prompt: str | None) -> str:
+    """``instruction`` before the text, and what ``model_prompt`` has after it."""
+    _, text, suffix = (model_prompt or "").partition("{text}")
+    return instruction + text + suffix
+
+
+def encoding_prompts(tasks: Iterable[Task], model_prompts: Mapping[str, str]) -> dict[str, str]:
+    """What ``model.prompts`` gains by ``tasks``: one by name for each, and the first retrieval task's as ``query``,
+    which ``encode_query`` uses."""
+    prompts: dict[str, str] = {}
+    for task in tasks:
+        sort = "similarity" if task.symmetric else "query"
+        prompts[task.name] = before_text(task.prompt, model_prompts.get(sort))
+        if task.kind == "retrieval":
+            prompts.setdefault("query", prompts[task.name])
+    return prompts

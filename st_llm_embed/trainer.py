@@ -18,7 +18,7 @@ from torch import nn
 
 from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_columns
 from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
-from st_llm_embed.tasks import Task
+from st_llm_embed.tasks import Task, encoding_prompts
 from st_llm_embed.training_args import LLMEmbedTrainingArguments
 
 AnyDataset = Dataset | IterableDataset | DatasetDict | dict[str, Dataset]
@@ -60,11 +60,12 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                 raise ValueError("tasks= sets the losses and the prompts itself: leave out loss= and args.prompts.")
             args = copy.copy(args) if args else LLMEmbedTrainingArguments(output_dir="tmp_trainer")
             named = {task.name: task for task in tasks}
+            model_prompts = model.prompts if model is not None else {}
             for dataset in (train_dataset, eval_dataset):
                 if dataset is not None:
                     _check_tasks(dataset, named)
             args.prompts = {
-                name: named[name].column_prompts(rows.column_names)
+                name: named[name].column_prompts(rows.column_names, model_prompts)
                 for dataset in (train_dataset, eval_dataset)
                 for name, rows in (dataset or {}).items()
             }
@@ -81,15 +82,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                 check_pretext_columns(rows, name)
         super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
         if tasks is not None:
-            self.model.prompts.update(encoding_prompts(tasks))
-
-
-def encoding_prompts(tasks: Sequence[Task]) -> dict[str, str]:
-    """``model.prompts`` for these tasks: one by name for each, and the first retrieval task's as ``query``, which
-    ``encode_query`` uses."""
-    prompts = {task.name: task.prompt for task in tasks}
-    retrieval = [task.prompt for task in tasks if task.kind == "retrieval"]
-    return {**prompts, "query": retrieval[0]} if retrieval else prompts
+            self.model.prompts.update(encoding_prompts(tasks, self.model.prompts))
 
 
 def _as_dict(dataset: AnyDataset | None) -> dict[str, Dataset | IterableDataset]:

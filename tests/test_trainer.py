@@ -18,7 +18,7 @@ from st_llm_embed import (
     Task,
     build_model,
 )
-from st_llm_embed.trainer import encoding_prompts
+from st_llm_embed.tasks import encoding_prompts
 
 DOCS = Task("docs", "Given a question, retrieve passages that answer it")
 TOPICS = Task("topics", "Identify the topic", "classification")
@@ -45,11 +45,11 @@ def moved(model, before) -> set[str]:
 
 def test_tasks_say_what_goes_where():
     assert DOCS.prompt == "Instruct: Given a question, retrieve passages that answer it\nQuery: "
-    assert DOCS.column_prompts(["anchor", "positive", "negative"]) == {"anchor": DOCS.prompt}
-    assert TOPICS.column_prompts(["anchor", "positive"]) == {"anchor": TOPICS.prompt, "positive": TOPICS.prompt}
+    assert DOCS.column_prompts(["anchor", "positive", "negative"], {}) == {"anchor": DOCS.prompt}
+    assert TOPICS.column_prompts(["anchor", "positive"], {}) == {"anchor": TOPICS.prompt, "positive": TOPICS.prompt}
     assert DOCS.in_batch_negatives and not TOPICS.in_batch_negatives
     assert not Task("x", "y", in_batch_negatives=False).in_batch_negatives
-    assert encoding_prompts([TOPICS, DOCS]) == {
+    assert encoding_prompts([TOPICS, DOCS], {}) == {
         "topics": TOPICS.prompt,
         "docs": DOCS.prompt,
         "query": DOCS.prompt,
@@ -72,7 +72,9 @@ def test_both_stages_train_every_weight_and_save_the_prompts(llm, tmp_path, stag
     assert trainer.loss["docs"].scale == pytest.approx(50)
     trainer.train()
     assert moved(model, before) == set(before)
-    assert model.prompts["docs"] == model.prompts["query"] == DOCS.prompt and model.prompts["topics"] == TOPICS.prompt
+    suffix = {"nv-embed": "", "llara": "{text} The next sentence:"}[recipe]
+    assert model.prompts["docs"] == model.prompts["query"] == DOCS.prompt + suffix
+    assert model.prompts["topics"].startswith(TOPICS.prompt)
 
 
 def test_the_instruction_reaches_the_model_and_stays_out_of_the_pool(llm, tmp_path):
@@ -83,6 +85,23 @@ def test_the_instruction_reaches_the_model_and_stays_out_of_the_pool(llm, tmp_pa
     assert batch["anchor_input_ids"][0, 1 : len(prompt)].tolist() == prompt[:-1]  # the last is a space that may merge
     assert batch["anchor_instruction_mask"][0].sum() in (len(prompt), len(prompt) + 1)
     assert "positive_instruction_mask" not in batch
+
+
+def test_llaras_prompts_and_the_tasks_join(llm, tmp_path):
+    """What a text looks like in training is what it looks like in encode_query and encode_document, in both stages."""
+    model = build_model(llm, "llara")
+    document = model.prompts["document"]
+    for stage in (1, 2):
+        trainer = LLMEmbedTrainer(model, arguments(tmp_path, stage=stage), {"docs": rows()}, tasks=[DOCS, TOPICS])
+        query = DOCS.prompt + "{text} The next sentence:"
+        assert trainer.args.prompts["docs"] == {"anchor": query} | {
+            column: document for column in ("positive", "negative_1", "negative_2")
+        }
+        assert model.prompts["query"] == query and model.prompts["document"] == document
+        assert model.prompts["topics"] == TOPICS.prompt + "{text} The original sentence:"
+        batch = next(iter(trainer.get_train_dataloader()))
+        text = model.tokenizer.decode(batch["anchor_input_ids"][0], skip_special_tokens=True)
+        assert text.startswith("Instruct: Given") and text.rstrip().endswith("The next sentence:")
 
 
 def test_gradient_cached_losses_give_the_same_gradients(llm):
