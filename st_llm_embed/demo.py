@@ -117,6 +117,9 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
             base_name = Path(base_name).name
         else:
             model.model_card_data.base_model = base_name
+        if base is None:
+            model.model_card_data.set_license("apache-2.0")
+        model.model_card_data.set_language("en")
         model.prompts.update(encoding_prompts([RETRIEVAL, PACKAGES], model.prompts))
         library = load_standard_library(settings.entries)
         queries, documents, relevant = library.evaluation()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,8 +78,7 @@ def save_sealed(model: SentenceTransformer, folder: str | Path, card_section: st
         staged = Path(temporary) / target.name
         model.save_pretrained(str(staged))
         seal(staged)
-        if card_section:
-            _insert_card_section(staged / "README.md", card_section)
+        _finish_card(staged, card_section)
         check(staged, model)
         if target.is_dir():
             target.rmdir()
@@ -118,6 +118,7 @@ def publish(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"repo_id={repo_id!r} is not a valid name such as 'organisation/name': {error}") from error
+    model.model_card_data.set_model_id(repo_id)
     hub = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_sealed(model, Path(temporary) / repo_id.rpartition("/")[2], card_section)
@@ -195,7 +196,7 @@ def check(folder: str | Path, model: SentenceTransformer) -> float:
         RuntimeError: if it does not load, or a component differs by more than 1e-5 (or, in half
             precision, by its last bit).
     """
-    remote = any(not entry["type"].startswith(STOCK) for entry in _read_json(Path(folder) / "modules.json"))
+    remote = _has_code(Path(folder))
     with tempfile.TemporaryDirectory() as temporary:
         vectors = Path(temporary) / "vectors.npz"
         hidden = __name__.partition(".")[0]
@@ -242,9 +243,19 @@ def demand_room(folder: Path, model: SentenceTransformer) -> None:
         )
 
 
-def _insert_card_section(card: Path, section: str) -> None:
+def _has_code(root: Path) -> bool:
+    """Does loading this folder run module code of its own?"""
+    return any(not entry["type"].startswith(STOCK) for entry in _read_json(root / "modules.json"))
+
+
+def _finish_card(root: Path, section: str) -> None:
+    """Put ``section`` before the host's model card's details, and make the card's own snippet one that loads."""
+    card = root / "README.md"
     head, heading, details = card.read_text(encoding="utf-8").partition("## Model Details")
-    card.write_text(f"{head}{section.strip()}\n\n{heading}{details}", encoding="utf-8")
+    if _has_code(root):
+        details = re.sub(r'(SentenceTransformer\("[^"]+")\)', r"\1, trust_remote_code=True)", details)
+    section = f"{section.strip()}\n\n" if section else ""
+    card.write_text(head + section + heading + details, encoding="utf-8")
 
 
 def _read_json(file: Path) -> dict | list:

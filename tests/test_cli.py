@@ -31,7 +31,8 @@ def test_the_demo_runs_from_end_to_end(tmp_path):
     assert report["search"].count("\n") == 5 * 4 - 1  # three modules for each question
     card = (output / "model" / "README.md").read_text()
     assert f"| after stage 2 | {report['results']['after stage 2']['ndcg@10']:.3f}" in card
-    assert f"base_model: {BUNDLED_ID}" in card
+    assert f"base_model: {BUNDLED_ID}" in card and "license: apache-2.0" in card
+    assert 'SentenceTransformer("sentence_transformers_model_id", trust_remote_code=True)' in card
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["demo"]
 
@@ -92,6 +93,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path):
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A background shell, as in some CI, starts its children deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
         if line.startswith("== save"):

@@ -54,6 +54,8 @@ def test_the_python_blocks_run_in_order_and_what_they_publish_loads(tmp_path):
         assert (tmp_path / "my-model" / "modules.json").is_file()
         published = hub.repositories["your-org/your-new-model"]
         assert published["private"] and "llm_backbone.py" in published["files"]
+        snippet = b'SentenceTransformer("your-org/your-new-model", trust_remote_code=True)'
+        assert snippet in published["files"]["README.md"]
         loaded = run(LOAD_FROM_HUB, tmp_path, **{**online, "HF_HOME": str(tmp_path / "empty-cache")})
         assert loaded.stdout.strip() == "(32,)", loaded.stderr[-3000:]
         refused = run(LOAD_FROM_HUB, tmp_path, **{**online, "HF_HOME": str(tmp_path / "third"), "HF_TOKEN": "wrong"})
