@@ -138,7 +138,7 @@ def test_recurrent_and_hybrid_models_are_refused(tmp_path, name):
         LLMBackbone(llm(tmp_path, name))
 
 
-def test_encoders_are_refused():
+def test_encoders_are_refused(tmp_path):
     shape = {"vocab_size": 99, "num_hidden_layers": 2, "num_attention_heads": 4}
     bert = AutoModel.from_config(BertConfig(**shape, hidden_size=32, intermediate_size=64))
     t5 = AutoModel.from_config(T5Config(vocab_size=99, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8))
@@ -150,6 +150,11 @@ def test_encoders_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             set_attention_mode(model, "bidirectional")
+    # Of a T5, sentence-transformers loads the encoder half.
+    t5.save_pretrained(tmp_path)
+    train_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'t5' is an encoder: "):
+        LLMBackbone(str(tmp_path))
 
 
 def test_masks_outside_attending_are_the_hosts(tmp_path):
