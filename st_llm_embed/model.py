@@ -64,7 +64,7 @@ def build_model(base: str | Path, recipe: str = "nv-embed", **overrides: Any) ->
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is unknown. Valid recipes: {', '.join(RECIPES)}.")
     chosen = RECIPES[recipe]
-    backbone_names = _argument_names(LLMBackbone) | _argument_names(Transformer) - {"model_name_or_path", "kwargs"}
+    backbone_names = (_argument_names(LLMBackbone) | _argument_names(Transformer)) - {"model_name_or_path", "kwargs"}
     pooling_names = _argument_names(chosen.pooling) - {"embedding_dimension"}
     if unknown := sorted(set(overrides) - backbone_names - pooling_names):
         raise ValueError(

@@ -138,6 +138,14 @@ def test_recurrent_and_hybrid_models_are_refused(tmp_path, name):
         LLMBackbone(llm(tmp_path, name))
 
 
+def test_layers_that_are_never_called_prove_nothing(tmp_path):
+    model = AutoModel.from_pretrained(llm(tmp_path, "llama"))
+    decoys = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    model._modules = {"decoys": decoys, **model._modules}  # found first: as many as there are layers
+    with pytest.raises(ValueError, match="'llama' never calls its layers"):
+        set_attention_mode(model, "bidirectional")
+
+
 def test_encoders_are_refused(tmp_path):
     shape = {"vocab_size": 99, "num_hidden_layers": 2, "num_attention_heads": 4}
     bert = AutoModel.from_config(BertConfig(**shape, hidden_size=32, intermediate_size=64))

@@ -64,6 +64,8 @@ def test_bad_arguments_are_named_with_the_valid_ones(llm, tmp_path):
         ValueError, match=r"unknown arguments \['latents'\].*LatentAttentionPooling takes.*num_latents"
     ):
         build_model(llm, latents=3)
+    with pytest.raises(ValueError, match=r"unknown arguments \['kwargs', 'model_name_or_path'\]"):
+        build_model(llm, kwargs={}, model_name_or_path="other")
     with pytest.raises(ValueError, match="base='no/such-model' could not be loaded. Give the Hub id"):
         build_model("no/such-model")
     with pytest.raises(ValueError, match=r"could not be loaded.*has no config.json"):

@@ -2,8 +2,7 @@
 
 A causal LLM lets token i see tokens 0..i. NV-Embed (arXiv 2405.17428) drops that mask: every token sees every real
 token. A structured mask is a boolean ``(batch, seq, seq)`` tensor, True where the query (second axis) may attend to
-the
-key (third axis); LLaRA's joint prompts (arXiv 2312.15503) need one.
+the key (third axis); LLaRA's joint prompts (arXiv 2312.15503) need one.
 
 Where ``config.is_causal = False`` makes an architecture bidirectional, that is used: it is saved in ``config.json``
 and needs no code of ours. Elsewhere (sliding windows, stablelm and nemotron under sdpa) the mask itself is replaced,
@@ -168,6 +167,8 @@ def _moved(model: PreTrainedModel, changed: int, watched: int, last: int = PROBE
         for handle in handles:
             handle.remove()
         model.train(training)
+    if not moved:  # nothing seen is nothing proven
+        raise ValueError(f"{model.config.model_type!r} never calls its layers, so its attention cannot be proven.")
     return moved
 
 

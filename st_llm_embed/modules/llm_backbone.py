@@ -159,12 +159,15 @@ class LLMBackbone(Transformer):
         target = columns + (columns >= insert_at) * len(suffix_ids)  # (batch, seq): where each column goes
         suffix_columns = insert_at + torch.arange(len(suffix_ids), device=input_ids.device)  # (batch, suffix)
         suffix = torch.tensor(suffix_ids, device=input_ids.device).expand(batch, -1)
-        for key, fill in (("input_ids", suffix), ("attention_mask", 1), ("instruction_mask", 0)):
-            if key in features:
-                old = features[key]
-                new = old.new_zeros(batch, seq + len(suffix_ids)).scatter(1, target, old)
-                fill = torch.full_like(suffix, fill) if isinstance(fill, int) else fill
-                features[key] = new.scatter(1, suffix_columns, fill)
+        fills = {
+            "input_ids": suffix,
+            "attention_mask": torch.ones_like(suffix),
+            "instruction_mask": torch.zeros_like(suffix),
+        }
+        for key in fills.keys() & features.keys():
+            old = features[key]
+            new = old.new_zeros(batch, seq + len(suffix_ids)).scatter(1, target, old)
+            features[key] = new.scatter(1, suffix_columns, fills[key])
         features.pop("offset_mapping", None)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
