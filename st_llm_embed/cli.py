@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from st_llm_embed.version import __version__
 
@@ -30,6 +31,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
+    architectures = commands.add_parser(
+        "architectures",
+        help="measure which LLM architectures can be bidirectional",
+        description="Measure, on tiny random models of every text decoder of the installed transformers, which can be "
+        "made bidirectional, how, and whether structured masks are exact. Offline, under half a minute.",
+    )
+    architectures.add_argument("model_type", nargs="*", help="measure these only, such as llama or gemma3_text")
+    architectures.add_argument("--output", type=Path, help="Markdown file to write the table to as well")
+    architectures.set_defaults(run=_architectures)
     demo = commands.add_parser(
         "demo",
         help="adapt, train, evaluate, write and reload a model, offline",
@@ -42,6 +52,21 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--smoke", action="store_true", help="a run of about a minute that shows only that it works")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _architectures(arguments: argparse.Namespace) -> None:
+    from transformers import logging
+
+    from st_llm_embed.architectures import as_markdown, decoder_types, survey
+
+    logging.set_verbosity_error()  # the configurations are tiny, and their token ids are not
+    known = decoder_types()
+    if unknown := sorted(set(arguments.model_type) - set(known)):
+        raise ValueError(f"Unknown model types {unknown}. This transformers has the decoders: {', '.join(known)}.")
+    table = as_markdown(survey(arguments.model_type or known))
+    print(table)
+    if arguments.output:
+        arguments.output.write_text(table, encoding="utf-8")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 STOCK = "sentence_transformers."
 STOCK_BACKBONE = "sentence_transformers.base.modules.transformer.Transformer"
 BACKBONE = "LLMBackbone"
-BACKBONE_KEYS = ("attention", "add_eos")  # their effect is in config.json and tokenizer.json
+# Their effect is in config.json and tokenizer.json, or there is none without the backbone's code.
+BACKBONE_KEYS = ("attention", "window", "add_eos", "instruction_mask", "probe")
 REQUIREMENTS = {
     "sentence-transformers": {"specifier": ">=6.0", "reason": "the module interface that the saved files use"},
     "transformers": {"specifier": ">=5.2", "reason": "older versions ignore is_causal=false and attend causally"},

@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import save_llm, train_tokenizer
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModel, BartConfig, BertConfig, T5Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from st_llm_embed import LLMBackbone, PretextLoss, build_model
+from st_llm_embed.architectures import tiny_config
 from st_llm_embed.hub import save_sealed
 from st_llm_embed.modules.attention_mode import attending, set_attention_mode
 from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT
@@ -29,12 +31,19 @@ WINDOW = {"sliding_window": 4}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32}
 PATTERN = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+CHUNKS = {"attention_chunk_size": 4, "layer_types": ["chunked_attention", "full_attention"]}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
 BY_CONFIG = {
     "llama": SHAPE,
     "mistral": {**SHAPE, **WINDOW},
     "qwen2": SHAPE,
     "qwen3": HEADS,
     "gemma": HEADS,
+    "gemma2": {**HEADS, **PATTERN},
+    "gemma3_text": {**HEADS, **PATTERN},
+    "cohere2": {**SHAPE, **PATTERN},
+    "olmo3": {**SHAPE, **PATTERN},
+    "ministral": {**HEADS, **PATTERN},
     "phi": SHAPE,
     "phi3": SHAPE,
     "olmo2": SHAPE,
@@ -46,30 +55,14 @@ BY_CONFIG = {
     "gpt2": GPT2,
     "opt": {**SHAPE, **OPT},
 }
-BY_MASK = {
-    "gemma2": {**HEADS, **PATTERN},
-    "gemma3_text": {**HEADS, **PATTERN},
-    "cohere2": {**SHAPE, **PATTERN},
-    "olmo3": {**SHAPE, **PATTERN},
-    "ministral": {**HEADS, **PATTERN},
-    "stablelm": SHAPE,
-    "nemotron": SHAPE,
-}
-SMALL_SSM = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-RECURRENT = {
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-    "falcon_h1": {**SHAPE, **SMALL_SSM},  # attention and a state-space model side by side in every layer
-    "qwen3_next": {**HEADS, **LINEAR, **EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
-}
+BY_MASK = {"stablelm": SHAPE, "nemotron": SHAPE, "llama4_text": {**HEADS, **CHUNKS, **EXPERTS}}
 TEXTS = ["the cat sat on the mat while seven dogs were barking at the moon", "dogs", "a quick brown fox jumped over"]
 
 
 def llm(folder, name: str, **changes) -> str:
     tokenizer = train_tokenizer()
     common = {"vocab_size": len(tokenizer) + 8, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
-    settings = {**BY_CONFIG, **BY_MASK, **RECURRENT}[name]
+    settings = {**BY_CONFIG, **BY_MASK}[name]
     config = CONFIG_MAPPING[name](**common, initializer_range=0.1, tie_word_embeddings=True, **{**settings, **changes})
     return save_llm(folder, config, tokenizer)
 
@@ -99,14 +92,15 @@ def test_bidirectional_in_fact_and_the_same_alone_as_in_a_batch(tmp_path, name):
 def test_a_structured_mask_is_honoured_exactly(tmp_path, name, attention):
     """A causal mask, given as a structured mask, on a model in either mode: what the causal model computes."""
     path = llm(tmp_path, name)
-    backbone = LLMBackbone(path, attention=attention).eval()
+    backbone = LLMBackbone(path, attention=attention, window="full").eval()
     features = backbone.preprocess(TEXTS[:1])
     seq = features["input_ids"].shape[1]
     causal = torch.ones(1, seq, seq, dtype=torch.bool).tril()
     with torch.no_grad():
         masked = backbone({**features, "structured_mask": causal})["token_embeddings"]
     # Oracle: token by token, each prefix alone, in a model whose windows are too wide to matter.
-    wide = {"sliding_window": 100} if "sliding_window" in {**BY_CONFIG, **BY_MASK}[name] else {}
+    settings = {**BY_CONFIG, **BY_MASK}[name]
+    wide = {key: 100 for key in ("sliding_window", "attention_chunk_size") if key in settings}
     oracle = LLMBackbone(llm(tmp_path / "wide", name, **wide), attention="causal").eval()
     oracle.load_state_dict(backbone.state_dict())
     with torch.no_grad():
@@ -116,10 +110,11 @@ def test_a_structured_mask_is_honoured_exactly(tmp_path, name, attention):
             torch.testing.assert_close(masked[:, length - 1], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", ["full", "keep"])
 @pytest.mark.parametrize("name", [*BY_CONFIG, *BY_MASK])
-def test_one_joint_pass_equals_two_prompted_passes(tmp_path, name):
-    wide = {"sliding_window": 100} if "sliding_window" in {**BY_CONFIG, **BY_MASK}[name] else {}
-    model = build_model(llm(tmp_path, name, **wide), "llara").eval()
+def test_one_joint_pass_equals_two_prompted_passes(tmp_path, name, window):
+    """Also where the LLM keeps its windows of 4 tokens: they are measured by position, not by column."""
+    model = build_model(llm(tmp_path, name), "llara", window=window).eval()
     loss = PretextLoss(model)
     ids = [model.preprocess([text])["input_ids"][0].tolist() for text in TEXTS]
     joint = loss.join_prompts(ids, torch.device("cpu"))
@@ -132,16 +127,73 @@ def test_one_joint_pass_equals_two_prompted_passes(tmp_path, name):
         torch.testing.assert_close(pooled, alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_and_hybrid_models_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"'{name}' passes information between tokens outside its attention"):
-        LLMBackbone(llm(tmp_path, name))
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_kept_windows_are_symmetric_or_causal(tmp_path, attention):
+    """Oracle: the same weights with the windows open, under a structured mask that draws them."""
+    path = llm(tmp_path, "mistral")
+    kept = LLMBackbone(path, attention=attention, window="keep").eval()
+    assert kept.config.sliding_window == 4
+    full = LLMBackbone(path, attention=attention, window="full").eval()
+    assert full.config.sliding_window is None
+    features = kept.preprocess(TEXTS[:1])
+    column = torch.arange(features["input_ids"].shape[1])
+    distance = column.unsqueeze(1) - column
+    # transformers counts the edge of a bidirectional window in.
+    drawn = distance.abs() <= 4 if attention == "bidirectional" else (distance >= 0) & (distance < 4)
+    with torch.no_grad():
+        expected = full({**features, "structured_mask": drawn.unsqueeze(0)})["token_embeddings"]
+        torch.testing.assert_close(kept(dict(features))["token_embeddings"], expected, atol=1e-5, rtol=1e-5)
+        assert (full(dict(features))["token_embeddings"] - expected).abs().max() > 1e-3
+
+
+def test_kept_chunks_are_bidirectional_within(tmp_path):
+    path = llm(tmp_path, "llama4_text", num_hidden_layers=1, layer_types=["chunked_attention"])
+    backbone = LLMBackbone(path, window="keep").eval()
+    assert backbone.config.attention_chunk_size == 4 and backbone.config.is_causal  # by mask
+    before = states(backbone, TEXTS[:1])[0]
+    ids = backbone.preprocess(TEXTS[:1])
+    ids["input_ids"][0, 6] = 40  # the second chunk is 4, 5, 6, 7
+    with torch.no_grad():
+        after = backbone(ids)["token_embeddings"][0]
+    assert [i for i, moved in enumerate((before - after).abs().amax(dim=1) > 1e-6) if moved] == [4, 5, 6, 7]
+
+
+def test_open_windows_reload_without_our_code(tmp_path):
+    """What the config can do is in config.json: stock modules give the same vectors."""
+    for name in ("gemma3_text", "mistral"):
+        model = build_model(llm(tmp_path / name, name), "mean")
+        folder = save_sealed(model, tmp_path / f"{name}-sealed")
+        assert not list(folder.glob("*.py"))
+        again = SentenceTransformer(str(folder))
+        assert type(again[0]).__module__.startswith("sentence_transformers.")
+        torch.testing.assert_close(
+            again.encode(TEXTS, convert_to_tensor=True), model.encode(TEXTS, convert_to_tensor=True), atol=1e-6, rtol=0
+        )
+
+
+def test_without_the_probe_the_saved_config_is_believed(tmp_path):
+    path = llm(tmp_path, "llama")
+    proven, unproven = LLMBackbone(path).eval(), LLMBackbone(path, probe=False).eval()
+    assert proven.config.is_causal is False and unproven.config.is_causal is True  # by mask, to be sure
+    torch.testing.assert_close(states(unproven, TEXTS[:1])[0], states(proven, TEXTS[:1])[0], atol=1e-6, rtol=0)
+    proven.probe = False
+    proven.save(str(tmp_path / "saved"))
+    again = LLMBackbone.load(str(tmp_path / "saved"))
+    assert again.probe is False and again.config.is_causal is False
+
+
+@pytest.mark.parametrize("name", ["lfm2", "falcon_h1", "zaya", "deepseek_v4", "mamba"])
+def test_recurrent_and_hybrid_models_are_refused(name):
+    """Convolutions between gates, a recurrence beside the attention or inside it, summaries, recurrence alone."""
+    model = AutoModel.from_config(tiny_config(name), attn_implementation="eager")
+    with pytest.raises(ValueError, match=f"'{name}' passes information between tokens other than by attention"):
+        set_attention_mode(model, "bidirectional")
+    set_attention_mode(AutoModel.from_config(tiny_config(name), attn_implementation="eager"), "causal", window="keep")
 
 
 def test_layers_that_are_never_called_prove_nothing(tmp_path):
     model = AutoModel.from_pretrained(llm(tmp_path, "llama"))
-    decoys = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
-    model._modules = {"decoys": decoys, **model._modules}  # found first: as many as there are layers
+    model.decoys = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Identity()) for _ in range(3)])  # more than layers
     with pytest.raises(ValueError, match="'llama' never calls its layers"):
         set_attention_mode(model, "bidirectional")
 
@@ -152,7 +204,7 @@ def test_encoders_are_refused(tmp_path):
     t5 = AutoModel.from_config(T5Config(vocab_size=99, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8))
     bart = AutoModel.from_config(BartConfig(vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1))
     for model, message in (
-        (bert, "'bert' is an encoder: "),
+        (bert, "'bert' is an encoder, "),
         (t5, "'t5' is an encoder-decoder"),
         (bart, "'bart' is an encoder-decoder"),
     ):
@@ -161,7 +213,7 @@ def test_encoders_are_refused(tmp_path):
     # Of a T5, sentence-transformers loads the encoder half.
     t5.save_pretrained(tmp_path)
     train_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'t5' is an encoder: "):
+    with pytest.raises(ValueError, match="'t5' is an encoder, "):
         LLMBackbone(str(tmp_path))
 
 
@@ -180,8 +232,8 @@ def test_masks_outside_attending_are_the_hosts(tmp_path):
 
 
 def test_a_mode_that_needs_the_backbones_code_is_published_with_it(tmp_path):
-    """With stock modules gemma3 would reload as a causal model, and stablelm as one that is causal without padding."""
-    for name in ("gemma3_text", "stablelm"):
+    """With stock modules stablelm would reload as a model that is causal without padding, llama4 as a causal one."""
+    for name in ("llama4_text", "stablelm"):
         folder = save_sealed(build_model(llm(tmp_path / name, name), "mean"), tmp_path / f"{name}-sealed")
         types = [entry["type"] for entry in json.loads((folder / "modules.json").read_text())]
         assert types[0] == "llm_backbone.LLMBackbone" and (folder / "attention_mode.py").is_file()
@@ -199,6 +251,16 @@ def test_structured_masks_that_make_no_sense_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             backbone({**features, "structured_mask": mask})
+    with pytest.raises(ValueError, match=rf"position_ids \(1, {seq - 1}\) do not fit the batch: they must be \(1, {seq}\)"):
+        backbone({**features, "position_ids": torch.arange(seq - 1).unsqueeze(0)})
+
+
+def test_positions_that_an_llm_does_not_take_are_refused(tmp_path):
+    config = CONFIG_MAPPING["bloom"](vocab_size=710, hidden_size=32, n_layer=2, n_head=4)
+    backbone = LLMBackbone(save_llm(tmp_path, config))
+    features = backbone.preprocess(["a cat"])
+    with pytest.raises(ValueError, match="'bloom' counts positions by itself and takes no position_ids"):
+        backbone({**features, "position_ids": torch.zeros_like(features["input_ids"])})
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])

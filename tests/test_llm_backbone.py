@@ -45,9 +45,20 @@ def test_the_mode_survives_saving(llm, tmp_path):
     assert again.tokenizer("a")["input_ids"].count(again.tokenizer.eos_token_id) == 1
 
 
+def test_every_choice_survives_saving(llm, tmp_path):
+    chosen = {"attention": "causal", "window": "full", "add_eos": False, "instruction_mask": "nv-embed", "probe": False}
+    LLMBackbone(llm, **chosen).save(str(tmp_path))
+    again = LLMBackbone.load(str(tmp_path))
+    assert {name: getattr(again, name) for name in chosen} == chosen
+
+
 def test_refuses_unknown_arguments_with_the_valid_ones(llm):
     with pytest.raises(ValueError, match="attention='both' is unknown. Valid modes: bidirectional, causal"):
         LLMBackbone(llm, attention="both")
+    with pytest.raises(ValueError, match="window='half' is unknown. Valid values: full, keep"):
+        LLMBackbone(llm, window="half")
+    with pytest.raises(ValueError, match="instruction_mask='released' is unknown. Valid values: exact, nv-embed"):
+        LLMBackbone(llm, instruction_mask="released")
     for depth in (0, 3):
         with pytest.raises(ValueError, match=rf"num_layers={depth} is outside 1\.\.2"):
             LLMBackbone(llm, num_layers=depth)
@@ -98,6 +109,29 @@ def test_the_instruction_mask_leaves_exactly_the_text(tmp_path, byte_level, side
         assert len(kept) - 1 == sum(end > len(prompt) for end in ends)
         # And without offsets: what is kept reads as the text, up to the space that a token may share with the prompt.
         assert tokenizer.decode(kept[:-1]).strip() in (text.strip(), (prompt.split()[-1] + text).strip())
+
+
+@pytest.mark.parametrize("prompt", ["Instruct: find it\nQuery: ", "Query:"])
+def test_the_released_nv_embeds_count(tmp_path, prompt):
+    """As many columns as the prompt has tokens without BOS; none where padding is on the left."""
+    path = save_llm(tmp_path, tokenizer=train_tokenizer(byte_level=False))
+    backbone = LLMBackbone(path, instruction_mask="nv-embed")
+    count = len(backbone.tokenizer.tokenize(prompt))
+    features = backbone.preprocess(["are cats", "", "日本"], prompt=prompt)
+    seq = features["input_ids"].shape[1]
+    assert features["instruction_mask"].tolist() == [[1] * count + [0] * (seq - count)] * 3
+    backbone.tokenizer.padding_side = "left"
+    assert not backbone.preprocess(["are cats", "", "日本"], prompt=prompt)["instruction_mask"].any()
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(llm):
+    backbone = LLMBackbone(llm, max_seq_length=12)
+    with pytest.raises(ValueError, match="takes .* tokens with BOS and EOS, which leaves no room .* max_seq_length=12"):
+        backbone.preprocess(["a cat"], prompt="Instruct: Given a question, retrieve passages that answer it\nQuery: ")
+    backbone.max_seq_length = 64
+    assert backbone.preprocess(["a cat " * 99], prompt="Query: ")["input_ids"].shape[1] == 64
+    with pytest.raises(ValueError, match="max_seq_length=4"):
+        backbone.preprocess(["a cat"], prompt="Query: ", max_length=4)
 
 
 def test_without_a_prompt_there_is_no_instruction_mask(llm):

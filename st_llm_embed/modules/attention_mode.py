@@ -4,36 +4,44 @@ A causal LLM lets token i see tokens 0..i. NV-Embed (arXiv 2405.17428) drops tha
 token. A structured mask is a boolean ``(batch, seq, seq)`` tensor, True where the query (second axis) may attend to
 the key (third axis); LLaRA's joint prompts (arXiv 2312.15503) need one.
 
-Where ``config.is_causal = False`` makes an architecture bidirectional, that is used: it is saved in ``config.json``
-and needs no code of ours. Elsewhere (sliding windows, stablelm and nemotron under sdpa) the mask itself is replaced,
-at the one place where transformers builds all masks, for the duration of a forward pass. Neither is assumed: a forward
-pass over two rows of 8 tokens shows for every layer whether its first output moves with its last input. A layer that
-stays causal, as in recurrent and hybrid models, is an error.
+What the configuration can do, it does, for it is saved in ``config.json`` and needs no code of ours: sliding windows
+are opened there, and ``is_causal = False`` makes most architectures bidirectional. Where that is not enough (stablelm
+and nemotron under sdpa, chunked attention, ...), each mask is made symmetric at the one place where transformers builds
+all masks, for the duration of a forward pass; structured masks go the same way. Neither is assumed: forward passes over
+a few rows of 8 tokens show for every kind of layer which positions of its output move with which tokens of its input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 ATTENTION_MODES = ("bidirectional", "causal")
-PROBE_LENGTH = 8
-PROBE_THRESHOLD = 1e-5  # of the layer's mean output; a token that is not attended to changes nothing at all
+WINDOW_MODES = ("full", "keep")
 WINDOWS = ("sliding_window", "attention_chunk_size")
+WIDE = 2**30  # tokens: an open window, where None is not an option. Small enough for the int32 of attention kernels
+ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+PROBE_LENGTH = 5  # unlike the number of rows, 4 at most, or the axes could be confused
+PLAIN = {bool, int, float, str, type(None)}
+PROBE_THRESHOLD = 1e-5  # of the layer's mean output; a token that is not attended to changes nothing at all
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, query, key) indices -> may attend
-_MASK_FUNCTION: ContextVar[MaskFunction | None] = ContextVar("mask_function", default=None)
+_CHANGE_MASK: ContextVar[Callable[[MaskFunction], MaskFunction] | None] = ContextVar("change_mask", default=None)
 
 
-def set_attention_mode(model: PreTrainedModel, attention: str) -> None:
+def set_attention_mode(model: PreTrainedModel, attention: str, window: str = "full", probe: bool = True) -> None:
     """Make ``model`` attend in the given mode and prove it. Forward passes then go inside ``attending``.
 
     Afterwards ``config.is_causal`` says how: False where the config alone makes the model bidirectional.
@@ -41,135 +49,272 @@ def set_attention_mode(model: PreTrainedModel, attention: str) -> None:
     Args:
         model: a decoder-only LLM without its LM head.
         attention: ``"bidirectional"`` or ``"causal"``.
+        window: what becomes of sliding windows and chunks: ``"full"`` opens them, ``"keep"`` leaves them, and makes
+            them symmetric where the attention is bidirectional. (Where the config does it, transformers lets tokens
+            at a distance of the window's size in; its causal windows end one before.)
+        probe: prove it. Without the proof, a config that says ``is_causal: false`` is believed, and any other model
+            has its masks replaced.
 
     Raises:
-        ValueError: for an unknown mode, an encoder, an encoder-decoder, or an architecture that does not obey the
-            mode.
+        ValueError: for an unknown mode, an encoder, an encoder-decoder, or an architecture that does not obey.
     """
     config = model.config
     if attention not in ATTENTION_MODES:
         raise ValueError(f"attention={attention!r} is unknown. Valid modes: {', '.join(ATTENTION_MODES)}.")
-    if config.is_encoder_decoder:
+    if window not in WINDOW_MODES:
+        raise ValueError(f"window={window!r} is unknown. Valid values: {', '.join(WINDOW_MODES)}.")
+    if config.is_encoder_decoder or config.model_type in ENCODERS:
+        kind = "encoder-decoder model" if config.is_encoder_decoder else "encoder"
         raise ValueError(
-            f"{config.model_type!r} is an encoder-decoder model; LLMBackbone takes decoder-only LLMs. Load it with "
-            "sentence_transformers' own Transformer module, which uses its encoder."
+            f"{config.model_type!r} is an {kind}, whose tokens need no leave to attend to both sides; LLMBackbone "
+            "takes decoder-only LLMs. Load it with sentence_transformers' own Transformer module."
         )
-    # A saved bidirectional LLM comes back with the flag off, so only a fresh one can be told from an encoder.
-    if getattr(config, "is_causal", True) and all(_moved(model, changed=PROBE_LENGTH - 1, watched=0)):
-        raise ValueError(
-            f"{config.model_type!r} is an encoder: its tokens already attend to both sides. LLMBackbone takes "
-            "decoder-only LLMs; load an encoder with sentence_transformers' own Transformer module."
-        )
-    config.is_causal = True
-    if attention == "causal":
-        _prove(model, attention)
+    implementation = config._attn_implementation
+    flash = "flash" in implementation
+    if window == "full":
+        _open_windows(model)
+    if not probe:
+        believed = flash or getattr(config, "is_causal", True) is False
+        config.is_causal = attention == "causal" or not believed
         return
-    flash = "flash" in config._attn_implementation
-    if not flash and _mixes_tokens_without_attention(model):
+    refusal = (
+        f"{config.model_type!r} under {implementation} attention does not obey attention={attention!r} with "
+        f"window={window!r} in every layer. Try model_kwargs={{'attn_implementation': 'eager'}}, or choose another "
+        "base."
+    )
+    prober = _Prober(model)
+    if attention == "causal":
+        config.is_causal = True
+        if not prober.obeys(attention, window):
+            raise ValueError(refusal)
+        return
+    # NOTE: deepseek_v4 also attends to summaries of 4 or 128 past tokens; the probe's few tokens do not show those.
+    if getattr(config.get_text_config(), "compress_rates", None) or prober.mixes_without_attention():
         raise ValueError(
-            f"{config.model_type!r} passes information between tokens outside its attention, by recurrence or "
-            "convolution, which stays causal: it cannot be bidirectional. Choose another base, or attention='causal'."
+            f"{config.model_type!r} passes information between tokens other than by attention under a mask, as "
+            "recurrence, convolution and summaries do. That stays causal: it cannot be bidirectional. Choose another "
+            "base, or attention='causal'."
         )
-    if not _bidirectional_by_config(model):
-        if flash:
-            raise ValueError(
-                f"{config.model_type!r} is not made bidirectional by its config, and {config._attn_implementation} "
-                "takes no mask. Use model_kwargs={'attn_implementation': 'sdpa'}."
-            )
-        _prove(model, attention)
-
-
-def _bidirectional_by_config(model: PreTrainedModel) -> bool:
-    """Try ``is_causal=False``, with Mistral's one window for all layers off; undo it if that is not enough."""
-    text_config = model.config.get_text_config()
-    # NOTE: where each layer has its type, the window belongs to some of them, and None is no way to turn it off.
-    window = None if getattr(text_config, "layer_types", None) else getattr(text_config, "sliding_window", None)
-    model.config.is_causal = False
-    if window:
-        text_config.sliding_window = None
-    if _obeys(model, "bidirectional"):
-        return True
-    model.config.is_causal = True
-    if window:
-        text_config.sliding_window = window
-    return False
-
-
-def _obeys(model: PreTrainedModel, attention: str) -> bool:
-    """Does every layer's first output depend on its last input exactly when it should, with padding and without?"""
-    expected = attention == "bidirectional"
-    with _narrow_windows(model.config.get_text_config()):
-        ends = (PROBE_LENGTH - 1, PROBE_LENGTH - 3)  # no padding, and two tokens of it
-        return all(moved == expected for last in ends for moved in _moved(model, changed=last, watched=0, last=last))
-
-
-def _mixes_tokens_without_attention(model: PreTrainedModel) -> bool:
-    """With every token attending to itself alone, does the last one still hear of the one before?"""
-    alone = torch.eye(PROBE_LENGTH, dtype=torch.bool, device=model.device).repeat(2, 1, 1)
-    with attending(model, "bidirectional", alone):
-        return any(_moved(model, changed=PROBE_LENGTH - 2, watched=PROBE_LENGTH - 1))
-
-
-def _prove(model: PreTrainedModel, attention: str) -> None:
+    config.is_causal = False
+    try:
+        if prober.obeys(attention, window):
+            return
+    except (AttributeError, TypeError):
+        pass  # mpt, and modernbert-decoder under eager, fail for want of a mask; other errors come again below
+    config.is_causal = True
+    if flash:
+        raise ValueError(
+            f"{config.model_type!r} is not made bidirectional by its config, and {implementation} takes no mask. Use "
+            "model_kwargs={'attn_implementation': 'sdpa'}."
+        )
     with attending(model, attention):
-        if not _obeys(model, attention):
-            raise ValueError(
-                f"{model.config.model_type!r} under {model.config._attn_implementation} attention does not obey "
-                f"attention={attention!r} in every layer. Try model_kwargs={{'attn_implementation': 'eager'}}, or "
-                "choose another base."
-            )
+        if not prober.obeys(attention, window):
+            raise ValueError(refusal)
+
+
+def _windows(model: PreTrainedModel) -> list[tuple[Any, str, int]]:
+    """Every ``(owner, attribute, size)`` of a window: the config's, and those that layers copied from it."""
+    config = model.config.get_text_config()
+    names = [name for name in WINDOWS if getattr(config, name, None)]
+    owners = [config, *(model.modules() if names else ())]
+    found = [(owner, name, vars(owner).get(name)) for owner in owners for name in names]
+    return [(owner, name, size) for owner, name, size in found if isinstance(size, int) and size > 0]
+
+
+def _open_windows(model: PreTrainedModel) -> None:
+    # NOTE: where each layer has its type, None does not turn the windows off, and models fail over it.
+    typed = getattr(model.config.get_text_config(), "layer_types", None)
+    for owner, name, _ in _windows(model):
+        setattr(owner, name, WIDE if typed or name != "sliding_window" else None)
 
 
 @contextmanager
-def _narrow_windows(config: PretrainedConfig) -> Iterator[None]:
-    """Windows of 2 tokens for the duration of a probe, so that 8 tokens show whether they are open."""
-    kept = {name: getattr(config, name) for name in WINDOWS if getattr(config, name, None)}
-    for name in kept:
-        setattr(config, name, 2)
+def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Kept windows are 2 tokens wide for the duration of a probe, so that its few tokens show them."""
+    kept = [found for found in _windows(model) if found[2] != WIDE]
+    for owner, name, _ in kept:
+        setattr(owner, name, 2)
     try:
         yield
     finally:
-        for name, size in kept.items():
-            setattr(config, name, size)
+        for owner, name, size in kept:
+            setattr(owner, name, size)
 
 
-@torch.no_grad()
-def _moved(model: PreTrainedModel, changed: int, watched: int, last: int = PROBE_LENGTH - 1) -> list[bool]:
-    """For every layer: does its output at ``watched`` move when its input at ``changed``, and nowhere else, does?
+class _Prober:
+    """Watches an LLM's layers: which positions of a layer's output move when one token of its input changes?
 
-    Both rows enter each layer with the first row's hidden states, but for the changed token, which the second row
-    negates. Tokens after ``last`` are padding.
+    Of layers that are alike and are called alike only the first is computed, and with thin linear maps where it is
+    nothing but attention and MLP: this costs less than one layer of the model.
     """
-    moved: list[bool] = []
 
-    def negate(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        hidden = hidden[:1].repeat(2, 1, 1)  # (2, seq, dim)
-        hidden[1, changed] *= -1
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.stacks = _stacks(model)
+        first: dict[tuple, nn.Module] = {}  # of each kind
+        self.kinds = {layer: first.setdefault(_kind(layer), layer) for stack in self.stacks for layer in stack}
+        self.plain = {layer for layer in first.values() if _is_attention_and_mlp(layer)}
 
-    def compare(layer: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-        state = (output[0] if isinstance(output, tuple) else output)[:, watched].float()  # (2, dim)
-        moved.append(bool((state[0] - state[1]).abs().mean() > PROBE_THRESHOLD * state.abs().mean()))
+    def obeys(self, attention: str, window: str) -> bool:
+        """Does each kind of layer hear just the tokens that it should, in batches without padding and with it?"""
+        first, second, last = 0, 1, PROBE_LENGTH - 1
+        with _narrow_windows(self.model):
+            for later, earlier, near in (hears.unbind() for hears in self.hears([last, first, second])):
+                if attention == "causal":  # padding comes after all that a token hears, so this batch says it all
+                    obeyed = earlier[second] and not later[:last].any()
+                elif window == "keep":
+                    obeyed = near[first] and earlier[second] and later[: last - 1].any() == earlier[second + 1 :].any()
+                else:
+                    obeyed = later[: last - 1].any()  # from two tokens away, which no narrow window spans
+                if not obeyed:
+                    return False
+            if attention == "causal":
+                return True
+            real = last - 1
+            for later, near, padding in (hears.unbind() for hears in self.hears([real, second, last], length=last)):
+                heard = near[first] if window == "keep" else later[: real - 1].any()
+                if padding[:last].any() or not heard:
+                    return False
+        return True
 
-    ids = torch.arange(PROBE_LENGTH, device=model.device) * 7919 + 101  # spread over the vocabulary
-    ids = (ids % model.config.get_text_config().vocab_size).repeat(2, 1)
-    attention_mask = (torch.arange(PROBE_LENGTH, device=model.device) <= last).long().repeat(2, 1)
-    training = model.training
-    model.eval()
-    handles = []
-    for layer in decoder_layers(model):
-        handles.append(layer.register_forward_pre_hook(negate, with_kwargs=True))
-        handles.append(layer.register_forward_hook(compare))
+    def mixes_without_attention(self) -> bool:
+        """With every token attending to itself alone, does the last one still hear of the one before?"""
+        if self.plain.issuperset(self.kinds.values()):
+            return False
+        config = self.model.config
+        alone = torch.eye(PROBE_LENGTH, dtype=torch.bool, device=self.model.device).repeat(2, 1, 1)
+        implementation = config._attn_implementation
+        if "flash" in implementation:  # takes no mask; recurrence is the same under any implementation
+            config._attn_implementation = "eager"
+        try:
+            with attending(self.model, "bidirectional", alone):
+                return any(hears[0, -1] for hears in self.hears([PROBE_LENGTH - 2]))
+        finally:
+            config._attn_implementation = implementation
+
+    @torch.no_grad()
+    def hears(self, speakers: Sequence[int], length: int = PROBE_LENGTH) -> list[Tensor]:
+        """For every kind of layer, ``(speakers, seq)`` booleans: True where the output moves with the speaker's input.
+
+        Every layer gets the first row's hidden states in each row, but for one speaker's token in each further row,
+        whose channels move on by one: not negated, for gates multiply two signs away. Tokens from ``length`` on are
+        padding.
+        """
+        model, rows = self.model, 1 + len(speakers)
+        heard: list[Tensor] = []
+        computed: dict[tuple, tuple] = {}  # kind of layer -> its arguments, held so that none of their ids is reused
+        called: set[nn.Module] = set()
+        form: Tensor | Sequence | None = None
+
+        def listen(layer: nn.Module, kind: nn.Module, forward: Callable) -> Callable:
+            def run(*args: Any, **kwargs: Any) -> Tensor | Sequence:
+                nonlocal form
+                called.add(layer)
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                others = (*args[1:], *kwargs.values())
+                signature = (kind, *map(id, others))
+                if signature in computed:
+                    return hidden if isinstance(form, Tensor) else (hidden, *form[1:])
+                axis = _batch_axis(hidden, rows)
+                if axis is None:  # no layer of tokens
+                    called.discard(layer)
+                    return forward(hidden, *args[1:], **kwargs)
+                computed[signature] = others
+                hidden = hidden.narrow(axis, 0, 1).expand_as(hidden).clone()
+                for row, speaker in enumerate(speakers, 1):
+                    token = hidden.select(axis, row).select(axis, speaker)  # seq takes the place of the batch axis
+                    token.copy_(token.roll(1, dims=-1))
+                with _thin_linear_maps(layer) if kind in self.plain else nullcontext():
+                    form = forward(hidden, *args[1:], **kwargs)
+                output = (form if isinstance(form, Tensor) else form[0]).float()
+                output = output.movedim((axis, axis + 1), (0, 1)).flatten(2)  # (rows, seq, ...)
+                moved = (output[1:] - output[0]).abs().mean(dim=-1)  # (speakers, seq)
+                heard.append((moved > PROBE_THRESHOLD * output[0].abs().mean(dim=-1)).cpu())
+                return form
+
+            return run
+
+        vocabulary = model.config.get_text_config().vocab_size
+        ids = [(101 + 7919 * position) % vocabulary for position in range(PROBE_LENGTH)]  # spread over it
+        mask = [int(position < length) for position in range(PROBE_LENGTH)]
+        ids, mask = torch.tensor([[ids] * rows, [mask] * rows], device=model.device)
+        training = model.training
+        if training:
+            model.eval()
+        # Through __dict__, for nn.Module's own setattr is slow; what accelerate may have put there comes back.
+        replaced = {layer: vars(layer).get("forward") for layer in self.kinds}
+        for layer, kind in self.kinds.items():
+            vars(layer)["forward"] = listen(layer, kind, layer.forward)
+        try:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        finally:
+            for layer, forward in replaced.items():
+                del vars(layer)["forward"]
+                if forward is not None:
+                    vars(layer)["forward"] = forward
+            if training:
+                model.train()
+        if not self.kinds or not called.issuperset(max(self.stacks, key=len)):  # nothing seen is nothing proven
+            raise ValueError(f"{model.config.model_type!r} never calls its layers, so its attention cannot be proven.")
+        return heard
+
+
+@contextmanager
+def _thin_linear_maps(layer: nn.Module) -> Iterator[None]:
+    """A layer's linear maps read 16 channels only. They act on each token by itself, and all heads have one mask, so
+    this changes nothing of which token hears which in a layer of attention and MLP, whose cost is mostly theirs."""
+    maps = [part for part in layer.modules() if type(part) is nn.Linear and "forward" not in vars(part)]
+    for part in maps:
+        vars(part)["forward"] = partial(_thin_linear, part.weight)
     try:
-        model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
-    if not moved:  # nothing seen is nothing proven
-        raise ValueError(f"{model.config.model_type!r} never calls its layers, so its attention cannot be proven.")
-    return moved
+        for part in maps:
+            del vars(part)["forward"]
+
+
+def _thin_linear(weight: Tensor, hidden: Tensor) -> Tensor:
+    return nn.functional.linear(hidden[..., :16], weight[:, :16])
+
+
+def _stacks(module: nn.Module) -> list[list[nn.Module]]:
+    """The outermost module lists, without members that have no parts: the longest is the LLM's layers."""
+    stacks: list[list[nn.Module]] = []
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            stacks.append([member for member in child if next(member.children(), None) is not None])
+        else:
+            stacks += _stacks(child)
+    return stacks
+
+
+def _kind(module: nn.Module) -> tuple:
+    """What tells a layer from others like it: the plain values that its parts hold, but for its number."""
+    values = [(k, v) for k, v in vars(module).items() if v.__class__ in PLAIN and k != "layer_idx"]
+    own = [part for part in module.children() if not _is_torch(part.__class__)]
+    return (module.__class__, *values, *map(_kind, own))
+
+
+def _is_attention_and_mlp(layer: nn.Module) -> bool:
+    """Are all weights those of linear maps and of norms? Recurrences and convolutions have weights of other kinds."""
+    for part in layer.modules():
+        if type(part) is nn.Linear:
+            continue
+        is_leaf = next(part.children(), None) is None
+        if any(not is_leaf or weight.dim() != 1 for weight in part.parameters(recurse=False)):
+            return False
+    return True
+
+
+@cache
+def _is_torch(kind: type) -> bool:
+    return kind.__module__.startswith("torch.")
+
+
+def _batch_axis(hidden: Any, rows: int) -> int | None:
+    """Where ``(rows, PROBE_LENGTH)`` is in the shape: some models stack or split their hidden states."""
+    shape = tuple(hidden.shape) if isinstance(hidden, Tensor) and hidden.is_floating_point() else ()
+    return next((i for i in range(len(shape) - 2) if shape[i : i + 2] == (rows, PROBE_LENGTH)), None)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -182,44 +327,62 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise ValueError(f"{model.config.model_type!r} has no list of {depth} layers, so its attention cannot be proven.")
+    raise ValueError(f"{model.config.model_type!r} has no list of {depth} layers, so it cannot be cut.")
 
 
 @contextmanager
-def attending(model: PreTrainedModel, attention: str, structured_mask: Tensor | None = None) -> Iterator[None]:
+def attending(
+    model: PreTrainedModel,
+    attention: str,
+    structured_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Iterator[None]:
     """Run ``model``'s forward passes inside: they attend in the mode it was set to, or by the structured mask.
 
     Args:
         model: what ``set_attention_mode`` was called on.
         attention: the mode it was set to.
-        structured_mask: ``(batch, seq, seq)`` boolean, complete: padding included.
+        structured_mask: ``(batch, seq, seq)`` boolean, complete: padding included. Where the model keeps its windows,
+            they narrow it further.
+        position_ids: ``(batch, seq)``, the positions by which those windows are measured; the columns if None.
 
     Raises:
-        ValueError: for a structured mask of another shape or type, one with a query that may attend to nothing, or one
-            under flash attention.
+        ValueError: for a structured mask of another shape or type, one with a query that may attend to nothing, one
+            under flash attention, or positions that do not fit it.
     """
     if structured_mask is None and (attention == "causal" or model.config.is_causal is False):
         yield
         return
-    _check_structured_mask(structured_mask, model.config._attn_implementation)
-    _replaceable_masks(model.config._attn_implementation)
+    implementation = model.config._attn_implementation
+    if structured_mask is not None:
+        _check_structured_mask(structured_mask, position_ids, implementation)
+    _changeable_masks(implementation)
 
-    def everything(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= 0) & (key >= 0)
+    def symmetric(native: MaskFunction) -> MaskFunction:
+        def may_attend(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return native(batch, head, query, key) | native(batch, head, key, query)
 
-    def structured(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return structured_mask[batch, query, key]
+        return may_attend
 
-    token = _MASK_FUNCTION.set(everything if structured_mask is None else structured)
+    def structured(native: MaskFunction) -> MaskFunction:
+        within_window = symmetric(native)
+
+        def may_attend(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            allowed = structured_mask[batch, query, key]
+            if position_ids is not None:
+                query, key = position_ids[batch, query], position_ids[batch, key]
+            return allowed & within_window(batch, head, query, key)
+
+        return may_attend
+
+    token = _CHANGE_MASK.set(symmetric if structured_mask is None else structured)
     try:
         yield
     finally:
-        _MASK_FUNCTION.reset(token)
+        _CHANGE_MASK.reset(token)
 
 
-def _check_structured_mask(mask: Tensor | None, implementation: str) -> None:
-    if mask is None:
-        return
+def _check_structured_mask(mask: Tensor, position_ids: Tensor | None, implementation: str) -> None:
     if "flash" in implementation:
         raise ValueError(
             f"A structured mask needs sdpa or eager attention, not {implementation}. Use "
@@ -234,22 +397,26 @@ def _check_structured_mask(mask: Tensor | None, implementation: str) -> None:
         raise ValueError(
             f"structured_mask lets token {query} of row {row} attend to nothing. Let padding attend to itself."
         )
+    if position_ids is not None and position_ids.shape != mask.shape[:2]:
+        raise ValueError(
+            f"position_ids {tuple(position_ids.shape)} do not fit structured_mask {tuple(mask.shape)}: they must be "
+            f"{tuple(mask.shape[:2])}."
+        )
 
 
-def _replaceable_masks(implementation: str) -> None:
-    """Wrap transformers' mask builder of this implementation, once. Without a mask function in force it does
-    nothing."""
+def _changeable_masks(implementation: str) -> None:
+    """Wrap transformers' mask builder of this implementation, once. It does nothing outside ``attending``."""
     builder = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-    if getattr(builder, "replaceable_by", None) is _MASK_FUNCTION:
+    if getattr(builder, "changed_by", None) is _CHANGE_MASK:
         return
 
     @wraps(builder)
     def build(*args: Any, **kwargs: Any) -> Tensor | None:
-        if (mask_function := _MASK_FUNCTION.get()) is not None:
+        if (change := _CHANGE_MASK.get()) is not None:
             # The builders skip a mask that they take for plain causal or plain bidirectional: this one is neither.
             skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-            kwargs = {**kwargs, **skips, "mask_function": mask_function, "use_vmap": False}
+            kwargs = {**kwargs, **skips, "mask_function": change(kwargs["mask_function"]), "use_vmap": False}
         return builder(*args, **kwargs)
 
-    build.replaceable_by = _MASK_FUNCTION
+    build.changed_by = _CHANGE_MASK
     AttentionMaskInterface.register(implementation, build)

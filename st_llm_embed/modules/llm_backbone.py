@@ -2,7 +2,7 @@
 
 Four things on top of sentence-transformers' ``Transformer``, whose loading, saving, prompts and truncation it keeps:
 
-- ``attention``: causal, or bidirectional as in NV-Embed (arXiv 2405.17428), proven by a probe;
+- ``attention``: causal, or bidirectional as in NV-Embed (arXiv 2405.17428), windows open or kept, proven by a probe;
 - an EOS token after every text, kept by truncation;
 - the exact instruction mask: which tokens belong to the prompt, decided by character offsets, row by row;
 - prompts with a part after the text, such as LLaRA's ``"{text} The next sentence:"`` (arXiv 2312.15503).
@@ -10,7 +10,8 @@ Four things on top of sentence-transformers' ``Transformer``, whose loading, sav
 ``preprocess`` gives ``input_ids`` and ``attention_mask`` ``(batch, seq)`` and, where there is a prompt,
 ``instruction_mask`` ``(batch, seq)`` with 1 on the tokens to keep out of the pool. ``forward`` adds
 ``token_embeddings`` ``(batch, seq, dim)``, after the LLM's final norm, and takes ``structured_mask`` ``(batch, seq,
-seq)`` with ``position_ids`` ``(batch, seq)`` in place of its own mask.
+seq)`` with ``position_ids`` ``(batch, seq)`` in place of its own mask. Under flash attention it computes real tokens
+only, and still gives and takes padded batches.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import torch
 from sentence_transformers.base.modules import Transformer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention_mode import attending, decoder_layers, set_attention_mode
 
 TEXT = "{text}"
+INSTRUCTION_MASKS = ("exact", "nv-embed")
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
@@ -39,7 +41,16 @@ class LLMBackbone(Transformer):
     Args:
         model_name_or_path: a Hub id or a local folder of a decoder-only LLM.
         attention: ``"bidirectional"`` (every token sees every token) or ``"causal"``.
+        window: what becomes of an LLM's sliding windows: ``"full"`` opens them, as NV-Embed does; ``"keep"`` keeps
+            them, symmetric where the attention is bidirectional. By default open where it is bidirectional, kept where
+            it is causal.
         add_eos: end every text with the tokenizer's EOS token, also when it is truncated.
+        instruction_mask: which tokens count as the prompt's. ``"exact"``: those wholly inside it, by character
+            offsets, and BOS before them. ``"nv-embed"``: as many columns as the prompt alone has tokens, from the first
+            on, as the released NV-Embed models count (one token of the prompt may stay in the pool; none is kept out
+            where padding is on the left).
+        probe: prove at each construction and loading that every layer attends as asked. It costs milliseconds; False
+            believes the saved config.
         num_layers: keep only the first ``num_layers`` layers and the final norm. Not a saved key: the saved
             ``config.json`` holds the new depth.
         **kwargs: the arguments of ``sentence_transformers.base.modules.Transformer``.
@@ -49,30 +60,38 @@ class LLMBackbone(Transformer):
             without EOS or without character offsets, or ``num_layers`` outside 1..depth.
     """
 
-    config_keys = [*Transformer.config_keys, "attention", "add_eos"]
+    config_keys = [*Transformer.config_keys, "attention", "window", "add_eos", "instruction_mask", "probe"]
 
     def __init__(
         self,
         model_name_or_path: str,
         *,
         attention: str = "bidirectional",
+        window: str | None = None,
         add_eos: bool = True,
+        instruction_mask: str = "exact",
+        probe: bool = True,
         num_layers: int | None = None,
         **kwargs: Any,
     ) -> None:
         # Plain text even where the tokenizer has a chat template: Transformer would render every text as a chat.
         kwargs.setdefault("modality_config", TEXT_ONLY)
         kwargs.setdefault("module_output_name", "token_embeddings")
-        # NOTE: flash attention's flattened batches carry no instruction mask yet, so batches stay padded.
-        kwargs.setdefault("unpad_inputs", False)
+        if instruction_mask not in INSTRUCTION_MASKS:
+            raise ValueError(
+                f"instruction_mask={instruction_mask!r} is unknown. Valid values: {', '.join(INSTRUCTION_MASKS)}."
+            )
         super().__init__(model_name_or_path, **kwargs)
         self.attention = attention
+        self.window = window or ("keep" if attention == "causal" else "full")
         self.add_eos = add_eos
+        self.instruction_mask = instruction_mask
+        self.probe = probe
         self._suffix_ids: dict[str, list[int]] = {}
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         if num_layers is not None:
             keep_first_layers(self.model, num_layers)
-        set_attention_mode(self.model, attention)
+        set_attention_mode(self.model, attention, self.window, probe)
         self._set_special_tokens()
 
     def _set_special_tokens(self) -> None:
@@ -109,7 +128,7 @@ class LLMBackbone(Transformer):
             processing_kwargs: as in ``Transformer.preprocess``.
 
         Raises:
-            ValueError: if the part of the prompt after the text leaves no room for text within ``max_seq_length``.
+            ValueError: if the prompt leaves no room for text within ``max_seq_length``.
         """
         prefix, _, suffix = (prompt or "").partition(TEXT)
         if not (prefix or suffix or self.add_eos):
@@ -117,24 +136,38 @@ class LLMBackbone(Transformer):
             inputs = [text if text.strip() else self.tokenizer.eos_token for text in inputs]
         suffix_ids = self.tokenize_suffix(suffix) if suffix else []
         text_kwargs = dict((processing_kwargs or {}).get("text", {}))
-        if prefix:
-            text_kwargs["return_offsets_mapping"] = True
-        if suffix_ids:
-            room = (kwargs.pop("max_length", None) or self.max_seq_length) - len(suffix_ids)
-            # One token of the text, besides BOS and EOS.
-            if room < 1 + self.tokenizer.num_special_tokens_to_add():
+        if prefix or suffix:
+            max_length = text_kwargs.get("max_length") or kwargs.get("max_length") or self.max_seq_length
+            instruction_length = len(self.tokenizer.tokenize(prefix)) if prefix else 0
+            around = self.tokenizer.num_special_tokens_to_add() + instruction_length + len(suffix_ids)
+            if max_length is not None and around >= max_length:
                 raise ValueError(
-                    f"The prompt {prompt!r} has {len(suffix_ids)} tokens after the text, which leaves no room for "
-                    f"text within max_seq_length={self.max_seq_length}. Raise max_seq_length or shorten the prompt."
+                    f"The prompt {prompt!r} takes {around} tokens with BOS and EOS, which leaves no room for text "
+                    f"within max_seq_length={max_length}. Raise max_seq_length or shorten the prompt."
                 )
-            text_kwargs["max_length"] = room
+            if prefix:
+                text_kwargs["return_offsets_mapping"] = True
+            if suffix_ids and max_length is not None:
+                kwargs.pop("max_length", None)
+                text_kwargs["max_length"] = max_length - len(suffix_ids)
         processing_kwargs = {**(processing_kwargs or {}), "text": text_kwargs}
         features = super().preprocess(inputs, prompt=prefix or None, processing_kwargs=processing_kwargs, **kwargs)
         if prefix:
-            features["instruction_mask"] = _instruction_mask(features, len(prefix))
+            offsets = features.pop("offset_mapping")
+            if self.instruction_mask == "exact":
+                features["instruction_mask"] = _exact_instruction_mask(offsets, features, len(prefix))
+            else:
+                # The released code keeps nothing out of the pool where it pads on the left.
+                columns = instruction_length if self.tokenizer.padding_side == "right" else 0
+                features["instruction_mask"] = features["attention_mask"].clone()
+                features["instruction_mask"][:, columns:] = 0
         if suffix_ids:
             self._insert_suffix(features, suffix_ids)
         return features
+
+    def _should_flatten_inputs(self, *args: Any, **kwargs: Any) -> bool:
+        """No: ``forward`` drops the padding itself, so that masks and pooling see one form of batch."""
+        return False
 
     def tokenize_suffix(self, suffix: str) -> list[int]:
         """Token ids of the part of a prompt that follows the text, without BOS and EOS.
@@ -168,7 +201,6 @@ class LLMBackbone(Transformer):
             old = features[key]
             new = old.new_zeros(batch, seq + len(suffix_ids)).scatter(1, target, old)
             features[key] = new.scatter(1, suffix_columns, fills[key])
-        features.pop("offset_mapping", None)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Run the LLM.
@@ -179,19 +211,43 @@ class LLMBackbone(Transformer):
 
         Returns:
             The same dict with ``token_embeddings`` ``(batch, seq, dim)``.
+
+        Raises:
+            ValueError: for a structured mask of another shape or type, one with a query that may attend to nothing or
+                one under flash attention, and for positions that do not fit or that the LLM does not take.
         """
-        structured_mask = features.get("structured_mask")
-        if self.tokenizer.padding_side == "left" and self._takes_position_ids and "position_ids" not in features:
-            # Learned positions (gpt2) would count the padding.
-            kwargs["position_ids"] = (features["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        if structured_mask is not None:
-            # It says all there is to say, padding too. By keyword, so that features["attention_mask"] stays what it
-            # is: pooling reads it, and the gradient-cached losses embed the same dict twice.
-            kwargs["attention_mask"] = torch.ones_like(features["attention_mask"])
         own = ("structured_mask", "instruction_mask")  # the LLM's forward takes neither
-        with attending(self.model, self.attention, structured_mask):
-            features.update(super().forward({k: v for k, v in features.items() if k not in own}, **kwargs))
+        inputs = {key: value for key, value in features.items() if key not in own}
+        attention_mask = features["attention_mask"]
+        structured_mask, position_ids = features.get("structured_mask"), features.get("position_ids")
+        if position_ids is not None:
+            self._check_position_ids(position_ids, attention_mask)
+        elif self._takes_position_ids and (self.can_flatten_inputs or self.tokenizer.padding_side == "left"):
+            # Learned positions (gpt2) would count the padding.
+            position_ids = inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        if structured_mask is not None:
+            # It says all there is to say, padding too. Not in features: pooling reads what is there, and the
+            # gradient-cached losses embed the same dict twice.
+            inputs["attention_mask"] = torch.ones_like(attention_mask)
+        flatten = self.can_flatten_inputs and structured_mask is None
+        with attending(self.model, self.attention, structured_mask, position_ids):
+            outputs = super().forward(_without_padding(inputs) if flatten else dict(inputs), **kwargs)
+        if flatten:
+            real, states = attention_mask.bool(), outputs["token_embeddings"]  # (batch, seq), (1, tokens, dim)
+            padded = states.new_zeros(*real.shape, states.shape[-1])
+            features["token_embeddings"] = padded.masked_scatter(real.unsqueeze(-1), states)
+        else:
+            features.update({key: value for key, value in outputs.items() if key not in inputs})
         return features
+
+    def _check_position_ids(self, position_ids: Tensor, attention_mask: Tensor) -> None:
+        if not self._takes_position_ids:
+            raise ValueError(f"{self.config.model_type!r} counts positions by itself and takes no position_ids.")
+        if position_ids.shape != attention_mask.shape:
+            raise ValueError(
+                f"position_ids {tuple(position_ids.shape)} do not fit the batch: they must be "
+                f"{tuple(attention_mask.shape)}."
+            )
 
     def __repr__(self) -> str:
         return super().__repr__().replace("Transformer", type(self).__name__, 1)
@@ -217,12 +273,28 @@ def _append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     backend.post_processor = ProcessorSequence([*others, template])
 
 
-def _instruction_mask(features: dict[str, Any], prefix_length: int) -> Tensor:
+def _without_padding(features: dict[str, Any]) -> dict[str, Any]:
+    """A batch as one row of its real tokens, as flash attention's variable-length kernels take it."""
+    real = features["attention_mask"].bool()
+    lengths = real.sum(dim=1)
+    boundaries = nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).int()  # (batch + 1,)
+    longest = int(lengths.max())
+    return {
+        "input_ids": features["input_ids"][real].unsqueeze(0),  # (1, tokens)
+        "position_ids": features["position_ids"][real].unsqueeze(0),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _exact_instruction_mask(offsets: Tensor, features: dict[str, Any], prefix_length: int) -> Tensor:
     """``(batch, seq)``: 1 from the first token (BOS too) to the last token that lies wholly inside the prompt.
 
     A token that straddles the border, such as ``▁are`` of ``"Query: are"``, belongs to the text.
     """
-    start, end = features.pop("offset_mapping").unbind(-1)  # (batch, seq), in characters of prompt + text
+    start, end = offsets.unbind(-1)  # (batch, seq), in characters of prompt + text
     inside = (end > start) & (end <= prefix_length)
     # Up to and including the last such token: BOS has no characters of its own, and neither has EOS after it.
     up_to_last = inside.long().flip(1).cummax(dim=1).values.flip(1)

@@ -1,0 +1,49 @@
+"""The table of architectures: what the README says is what this transformers does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from st_llm_embed.architectures import IMPLEMENTATIONS, as_markdown, decoder_types, examine, survey
+from st_llm_embed.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_no_decoder_is_causal_by_accident_and_the_readme_says_so():
+    findings = survey(decoder_types())
+    modes = [finding.mode for by_implementation in findings.values() for finding in by_implementation.values()]
+    assert set(modes) <= {"config", "mask", "refused", "absent"}  # nothing failed, nothing was bidirectional in name
+    for implementation in IMPLEMENTATIONS:
+        column = [by_implementation[implementation] for by_implementation in findings.values()]
+        bidirectional = [finding for finding in column if finding.mode in ("config", "mask")]
+        assert len(bidirectional) >= {"sdpa": 85, "eager": 98}[implementation]  # of the lowest transformers
+        # All but those that count positions by themselves.
+        assert sum(not finding.joint for finding in bidirectional) <= 2
+    if transformers.__version__ in README and torch.__version__.startswith("2.13"):
+        table = as_markdown(findings)
+        assert table.split("\n", 2)[2].strip() in README
+
+
+def test_the_measurement_notices_a_model_that_is_causal_in_fact(monkeypatch):
+    """Were ``set_attention_mode`` to do nothing, the table would not say ``config``."""
+    monkeypatch.setattr("st_llm_embed.architectures.set_attention_mode", lambda model, *args, **kwargs: None)
+    assert examine("llama", "sdpa").mode == "failed"
+
+
+def test_the_command_measures_what_it_is_asked(tmp_path, capsys):
+    assert main(["architectures", "llama", "gpt_neo", "--output", str(tmp_path / "table.md")]) == 0
+    printed = capsys.readouterr().out
+    assert "| config | config | yes | llama |" in printed and "| – | refused | no | gpt_neo (" in printed
+    assert (tmp_path / "table.md").read_text() == printed.removesuffix("\n")
+    assert main(["architectures", "lama"]) == 2
+    assert "Unknown model types ['lama']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_implementation_that_does_not_exist_is_absent(implementation):
+    assert (examine("gptj", implementation).mode == "absent") == (implementation == "sdpa")
