@@ -193,7 +193,9 @@ def test_recurrent_and_hybrid_models_are_refused(name):
 
 def test_layers_that_are_never_called_prove_nothing(tmp_path):
     model = AutoModel.from_pretrained(llm(tmp_path, "llama"))
-    model.decoys = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Identity()) for _ in range(3)])  # more than layers
+    model.decoys = torch.nn.ModuleList(
+        [torch.nn.Sequential(torch.nn.Identity()) for _ in range(3)]
+    )  # more than layers
     with pytest.raises(ValueError, match="'llama' never calls its layers"):
         set_attention_mode(model, "bidirectional")
 
@@ -251,7 +253,9 @@ def test_structured_masks_that_make_no_sense_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             backbone({**features, "structured_mask": mask})
-    with pytest.raises(ValueError, match=rf"position_ids \(1, {seq - 1}\) do not fit the batch: they must be \(1, {seq}\)"):
+    with pytest.raises(
+        ValueError, match=rf"position_ids \(1, {seq - 1}\) do not fit the batch: they must be \(1, {seq}\)"
+    ):
         backbone({**features, "position_ids": torch.arange(seq - 1).unsqueeze(0)})
 
 

@@ -17,7 +17,7 @@ REPOSITORY = ROOT.parent
 LAYERS = [
     {"modules", "version", "demo_search", "hub"},
     {"tasks", "gguf", "data", "report"},
-    {"model", "losses", "training_args", "evaluation"},
+    {"model", "losses", "training_args", "evaluation", "architectures"},
     {"trainer"},
     {"demo"},
     {"cli"},

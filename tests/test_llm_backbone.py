@@ -46,7 +46,13 @@ def test_the_mode_survives_saving(llm, tmp_path):
 
 
 def test_every_choice_survives_saving(llm, tmp_path):
-    chosen = {"attention": "causal", "window": "full", "add_eos": False, "instruction_mask": "nv-embed", "probe": False}
+    chosen = {
+        "attention": "causal",
+        "window": "full",
+        "add_eos": False,
+        "instruction_mask": "nv-embed",
+        "probe": False,
+    }
     LLMBackbone(llm, **chosen).save(str(tmp_path))
     again = LLMBackbone.load(str(tmp_path))
     assert {name: getattr(again, name) for name in chosen} == chosen
@@ -126,7 +132,9 @@ def test_the_released_nv_embeds_count(tmp_path, prompt):
 
 def test_a_prompt_that_leaves_no_room_is_refused(llm):
     backbone = LLMBackbone(llm, max_seq_length=12)
-    with pytest.raises(ValueError, match="takes .* tokens with BOS and EOS, which leaves no room .* max_seq_length=12"):
+    with pytest.raises(
+        ValueError, match="takes .* tokens with BOS and EOS, which leaves no room .* max_seq_length=12"
+    ):
         backbone.preprocess(["a cat"], prompt="Instruct: Given a question, retrieve passages that answer it\nQuery: ")
     backbone.max_seq_length = 64
     assert backbone.preprocess(["a cat " * 99], prompt="Query: ")["input_ids"].shape[1] == 64

@@ -151,9 +151,7 @@ def reference_flash(module, query, key, value, attention_mask, scaling=None, is_
     for start, end in zip(boundaries, boundaries[1:], strict=False):
         q, k, v = (states[:, :, start:end] for states in (query, key, value))
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        pieces.append(
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling)
-        )
+        pieces.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling))
     return torch.cat(pieces, dim=2).transpose(1, 2), None
 
 

@@ -6,9 +6,9 @@ the key (third axis); LLaRA's joint prompts (arXiv 2312.15503) need one.
 
 What the configuration can do, it does, for it is saved in ``config.json`` and needs no code of ours: sliding windows
 are opened there, and ``is_causal = False`` makes most architectures bidirectional. Where that is not enough (stablelm
-and nemotron under sdpa, chunked attention, ...), each mask is made symmetric at the one place where transformers builds
-all masks, for the duration of a forward pass; structured masks go the same way. Neither is assumed: forward passes over
-a few rows of 8 tokens show for every kind of layer which positions of its output move with which tokens of its input.
+and nemotron under sdpa, chunked attention), each mask is made symmetric at the one place where transformers builds
+all masks, for the duration of a forward pass; structured masks go the same way. Neither is assumed: passes over a few
+rows of 5 tokens show for every kind of layer which positions of its output move with which tokens of its input.
 """
 
 from __future__ import annotations

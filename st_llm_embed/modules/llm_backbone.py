@@ -46,9 +46,9 @@ class LLMBackbone(Transformer):
             it is causal.
         add_eos: end every text with the tokenizer's EOS token, also when it is truncated.
         instruction_mask: which tokens count as the prompt's. ``"exact"``: those wholly inside it, by character
-            offsets, and BOS before them. ``"nv-embed"``: as many columns as the prompt alone has tokens, from the first
-            on, as the released NV-Embed models count (one token of the prompt may stay in the pool; none is kept out
-            where padding is on the left).
+            offsets, and BOS before them. ``"nv-embed"``: as many columns as the prompt alone has tokens, from the
+            first on, as the released NV-Embed models count (one token of the prompt may stay in the pool; none is
+            kept out where padding is on the left).
         probe: prove at each construction and loading that every layer attends as asked. It costs milliseconds; False
             believes the saved config.
         num_layers: keep only the first ``num_layers`` layers and the final norm. Not a saved key: the saved
