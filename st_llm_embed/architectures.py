@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -101,11 +102,15 @@ def decoder_types() -> list[str]:
     """Model types of the text decoders, recurrent and hybrid ones too, of the installed transformers."""
     found = []
     for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        if name in CONFIG_MAPPING and name not in ENCODERS and name not in OTHERS:
+        if name not in CONFIG_MAPPING or name in ENCODERS or name in OTHERS:
+            continue
+        try:
             config = CONFIG_MAPPING[name]()
-            # Of an LLM with images, its text half is listed by itself.
-            if not config.is_encoder_decoder and config.get_text_config() is config:
-                found.append(name)
+        except (ValueError, StrictDataclassError):  # made of other models, which it must be given
+            continue
+        # Of an LLM with images, its text half is listed by itself.
+        if not config.is_encoder_decoder and config.get_text_config() is config:
+            found.append(name)
     return found
 
 
