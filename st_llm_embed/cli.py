@@ -40,6 +40,15 @@ def _parser() -> argparse.ArgumentParser:
     architectures.add_argument("model_type", nargs="*", help="measure these only, such as llama or gemma3_text")
     architectures.add_argument("--output", type=Path, help="Markdown file to write the table to as well")
     architectures.set_defaults(run=_architectures)
+    convert = commands.add_parser(
+        "convert",
+        help="make a published NV-Embed checkpoint load with sentence-transformers",
+        description="Read nvidia/NV-Embed-v1 or -v2 (a Hub id or a folder) without running its code, and write a "
+        "folder that sentence-transformers loads, fine-tunes and saves. The weights stay under CC-BY-NC-4.0.",
+    )
+    convert.add_argument("source", help="Hub id or folder of the checkpoint")
+    convert.add_argument("output", help="folder to write; must not exist, or be empty")
+    convert.set_defaults(run=_convert)
     demo = commands.add_parser(
         "demo",
         help="adapt, train, evaluate, write and reload a model, offline",
@@ -67,6 +76,14 @@ def _architectures(arguments: argparse.Namespace) -> None:
     print(table)
     if arguments.output:
         arguments.output.write_text(table, encoding="utf-8")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.convert import convert_nv_embed
+
+    folder = convert_nv_embed(arguments.source, arguments.output)
+    print(f"Wrote {folder}. Its weights are licensed under CC-BY-NC-4.0: no commercial use.")
+    print(f'Load it with SentenceTransformer("{folder}", trust_remote_code=True).')
 
 
 def _demo(arguments: argparse.Namespace) -> None:

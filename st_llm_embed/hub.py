@@ -166,6 +166,7 @@ def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
         and not (root / "adapter_config.json").is_file()
         and all(entry["type"].startswith(STOCK) for entry in others)
         and (settings["attention"] == "causal" or not _read_json(root / "config.json").get("is_causal", True))
+        and settings["add_eos"] != "nv-embed"
         and not any("{text}" in prompt for prompt in prompts.values())
         and all(_read_json(config).get("include_prompt", True) for config in root.glob("[0-9]*_*/config.json"))
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig, TaskType
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
@@ -22,21 +23,25 @@ from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT
 
 @dataclass(frozen=True)
 class Recipe:
-    """The parts of one way to make an embedding model: pooling class, default arguments, prompts."""
+    """The parts of one way to make an embedding model: pooling class, default arguments, LoRA, prompts."""
 
     pooling: type[Module]
     defaults: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
 
 
 RECIPES = {
     # arXiv 2405.17428. Task prompts come with the training data.
-    "nv-embed": Recipe(LatentAttentionPooling, {"attention": "bidirectional"}),
+    "nv-embed": Recipe(
+        LatentAttentionPooling, {"attention": "bidirectional"}, {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}
+    ),
     # arXiv 2312.15503, the paper's variant: EBAE's prompt for similarity and documents, EBAR's for queries.
     "llara": Recipe(
         PromptTokenPooling,
         {"attention": "causal"},
+        {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1},
         {"similarity": EBAE_PROMPT, "passage": EBAE_PROMPT, "document": EBAE_PROMPT, "query": EBAR_PROMPT},
         "similarity",
     ),
@@ -45,12 +50,16 @@ RECIPES = {
 }
 
 
-def build_model(base: str | Path, recipe: str = "nv-embed", **overrides: Any) -> SentenceTransformer:
+def build_model(
+    base: str | Path, recipe: str = "nv-embed", *, lora: bool = False, **overrides: Any
+) -> SentenceTransformer:
     """Make a text-embedding model of a decoder-only LLM.
 
     Args:
         base: a Hub id, a local folder, or a ``.gguf`` file.
         recipe: ``nv-embed``, ``llara``, ``mean`` or ``last-token``.
+        lora: train the LLM by the recipe's LoRA (``nv-embed``: r 16, alpha 32; ``llara``: r 64, alpha 16; dropout 0.1
+            on every linear map of the layers). What the recipe adds trains in full either way.
         **overrides: arguments of ``LLMBackbone`` (``attention``, ``num_layers``, ``max_seq_length``, ``model_kwargs``,
             ...) and of the recipe's pooling module (``num_latents``, ``head_dim``, ...).
 
@@ -58,12 +67,17 @@ def build_model(base: str | Path, recipe: str = "nv-embed", **overrides: Any) ->
         A SentenceTransformer of backbone, pooling and ``Normalize``, untrained where the recipe adds weights.
 
     Raises:
-        ValueError: for an unknown recipe or override, a base that cannot be found, or one that is not a decoder-only
-            LLM.
+        ValueError: for an unknown recipe or override, a base that cannot be found, one that is not a decoder-only LLM,
+            or ``lora`` where the recipe has none.
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is unknown. Valid recipes: {', '.join(RECIPES)}.")
     chosen = RECIPES[recipe]
+    if lora and chosen.lora is None:
+        with_lora = ", ".join(name for name, known in RECIPES.items() if known.lora)
+        raise ValueError(
+            f"recipe={recipe!r} names no LoRA; {with_lora} do. Use model.add_adapter(peft.LoraConfig(...)) instead."
+        )
     backbone_names = (_argument_names(LLMBackbone) | _argument_names(Transformer)) - {"model_name_or_path", "kwargs"}
     pooling_names = _argument_names(chosen.pooling) - {"embedding_dimension"}
     if unknown := sorted(set(overrides) - backbone_names - pooling_names):
@@ -76,12 +90,16 @@ def build_model(base: str | Path, recipe: str = "nv-embed", **overrides: Any) ->
     pooling = chosen.pooling(
         backbone.get_embedding_dimension(), **{k: v for k, v in arguments.items() if k in pooling_names}
     )
-    return SentenceTransformer(
+    model = SentenceTransformer(
         modules=[backbone, pooling, Normalize()],
         prompts=chosen.prompts,
         default_prompt_name=chosen.default_prompt_name,
         similarity_fn_name="cosine",
     )
+    if lora:
+        task = TaskType.FEATURE_EXTRACTION
+        model.add_adapter(LoraConfig(task_type=task, target_modules="all-linear", **chosen.lora))
+    return model
 
 
 def _argument_names(module: type[Module]) -> set[str]:

@@ -18,7 +18,7 @@ LAYERS = [
     {"modules", "version", "demo_search", "hub"},
     {"tasks", "gguf", "data", "report"},
     {"model", "losses", "training_args", "evaluation", "architectures"},
-    {"trainer"},
+    {"trainer", "convert"},
     {"demo"},
     {"cli"},
     {"__main__", "__init__"},

@@ -72,3 +72,20 @@ def test_bad_arguments_are_named_with_the_valid_ones(llm, tmp_path):
         build_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="no GGUF file"):
         build_model(tmp_path / "missing.gguf")
+
+
+@pytest.mark.parametrize(("recipe", "rank", "scale"), [("nv-embed", 16, 32), ("llara", 64, 16)])
+def test_a_recipes_lora_trains_seven_linears_and_what_the_recipe_adds(llm, recipe, rank, scale):
+    model = build_model(llm, recipe, lora=True)
+    config = model[0].model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (rank, scale, 0.1)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    linears = {name.split(".lora_")[0].rpartition(".")[2] for name in trained if ".lora_" in name}
+    assert linears == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name for name, _ in model[1].named_parameters(prefix="1")} <= trained
+    assert all(".lora_" in name or name.startswith("1.") for name in trained)
+
+
+def test_a_recipe_without_lora_says_so(llm):
+    with pytest.raises(ValueError, match="recipe='mean' names no LoRA; nv-embed, llara do"):
+        build_model(llm, "mean", lora=True)

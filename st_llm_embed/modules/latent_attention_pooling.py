@@ -30,7 +30,7 @@ from sentence_transformers.base.modules.module import Module
 from torch import Tensor, nn
 
 MLPS = ("geglu", "gelu", None)
-CHUNK = 2048  # tokens: what is alive at once without gradients, however many texts there are
+CHUNK = 1024  # tokens: what is alive at once without gradients, however many texts there are
 
 
 class LatentAttentionPooling(Module):
@@ -142,7 +142,8 @@ class LatentAttentionPooling(Module):
         inner_sums = None
         size = len(rows) if torch.is_grad_enabled() else CHUNK
         for chunk, row in zip(places.split(max(size, 1)), rows.split(max(size, 1)), strict=True):
-            attended = self._attend(flat[chunk], latents, folded)  # (chunk, dim)
+            # A layer in float32 behind an LLM in half precision is exact, and not an error.
+            attended = self._attend(flat[chunk].to(self.latents.dtype), latents, folded)  # (chunk, dim)
             sums = sums.index_add(0, row, attended.to(exact))
             if self.mlp is not None:
                 inner = self._mlp_inner(attended).to(exact)  # (chunk, mlp_ratio * dim)

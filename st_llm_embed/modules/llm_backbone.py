@@ -44,7 +44,8 @@ class LLMBackbone(Transformer):
         window: what becomes of an LLM's sliding windows: ``"full"`` opens them, as NV-Embed does; ``"keep"`` keeps
             them, symmetric where the attention is bidirectional. By default open where it is bidirectional, kept where
             it is causal.
-        add_eos: end every text with the tokenizer's EOS token, also when it is truncated.
+        add_eos: end every text with the tokenizer's EOS token, also when it is truncated. ``"nv-embed"``: as the
+            released NV-Embed models do, in the text before it is truncated, so that long texts lose it.
         instruction_mask: which tokens count as the prompt's. ``"exact"``: those wholly inside it, by character
             offsets, and BOS before them. ``"nv-embed"``: as many columns as the prompt alone has tokens, from the
             first on, as the released NV-Embed models count (one token of the prompt may stay in the pool; none is
@@ -68,7 +69,7 @@ class LLMBackbone(Transformer):
         *,
         attention: str = "bidirectional",
         window: str | None = None,
-        add_eos: bool = True,
+        add_eos: bool | str = True,
         instruction_mask: str = "exact",
         probe: bool = True,
         num_layers: int | None = None,
@@ -81,6 +82,8 @@ class LLMBackbone(Transformer):
             raise ValueError(
                 f"instruction_mask={instruction_mask!r} is unknown. Valid values: {', '.join(INSTRUCTION_MASKS)}."
             )
+        if add_eos not in (True, False, "nv-embed"):
+            raise ValueError(f"add_eos={add_eos!r} is unknown. Valid values: True, False, 'nv-embed'.")
         super().__init__(model_name_or_path, **kwargs)
         self.attention = attention
         self.window = window or ("keep" if attention == "causal" else "full")
@@ -109,7 +112,7 @@ class LLMBackbone(Transformer):
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if self.add_eos and tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+        if self.add_eos is True and tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
             _append_eos(tokenizer)
 
     def preprocess(
@@ -134,6 +137,8 @@ class LLMBackbone(Transformer):
         if not (prefix or suffix or self.add_eos):
             # A text without a single token would have no embedding: it becomes EOS alone.
             inputs = [text if text.strip() else self.tokenizer.eos_token for text in inputs]
+        elif self.add_eos == "nv-embed":
+            inputs = [text + self.tokenizer.eos_token for text in inputs]
         suffix_ids = self.tokenize_suffix(suffix) if suffix else []
         text_kwargs = dict((processing_kwargs or {}).get("text", {}))
         if prefix or suffix:
@@ -188,7 +193,9 @@ class LLMBackbone(Transformer):
         batch, seq = input_ids.shape
         columns = torch.arange(seq, device=input_ids.device)
         last = (columns * attention_mask).argmax(dim=1, keepdim=True)  # (batch, 1): each row's last real token
-        insert_at = last + (0 if self.add_eos else 1)
+        insert_at = last + 1
+        if self.add_eos:
+            insert_at -= (input_ids.gather(1, last) == self.tokenizer.eos_token_id).long()
         target = columns + (columns >= insert_at) * len(suffix_ids)  # (batch, seq): where each column goes
         suffix_columns = insert_at + torch.arange(len(suffix_ids), device=input_ids.device)  # (batch, suffix)
         suffix = torch.tensor(suffix_ids, device=input_ids.device).expand(batch, -1)
