@@ -15,10 +15,17 @@ from peft import LoraConfig, TaskType
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from tokenizers import AddedToken
 
 from st_llm_embed.gguf import unpack_gguf
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling
-from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT
+from st_llm_embed.tasks import (
+    EBAE_PROMPT,
+    EBAR_PROMPT,
+    RELEASE_EBAE_PROMPT,
+    RELEASE_EBAR_PROMPT,
+    RELEASE_TOKENS,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,12 @@ class Recipe:
     lora: dict[str, Any] | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
+    added_tokens: list[str] = field(default_factory=list)
+
+
+def _llara_prompts(ebae: str, ebar: str) -> dict[str, str]:
+    """EBAE's prompt for similarity and documents, EBAR's for queries."""
+    return {"similarity": ebae, "passage": ebae, "document": ebae, "query": ebar}
 
 
 RECIPES = {
@@ -37,13 +50,21 @@ RECIPES = {
     "nv-embed": Recipe(
         LatentAttentionPooling, {"attention": "bidirectional"}, {"r": 16, "lora_alpha": 32, "lora_dropout": 0.1}
     ),
-    # arXiv 2312.15503, the paper's variant: EBAE's prompt for similarity and documents, EBAR's for queries.
+    # arXiv 2312.15503: the paper's variant, and the released code's.
     "llara": Recipe(
         PromptTokenPooling,
         {"attention": "causal"},
         {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1},
-        {"similarity": EBAE_PROMPT, "passage": EBAE_PROMPT, "document": EBAE_PROMPT, "query": EBAR_PROMPT},
+        _llara_prompts(EBAE_PROMPT, EBAR_PROMPT),
         "similarity",
+    ),
+    "llara-release": Recipe(
+        PromptTokenPooling,
+        {"attention": "causal", "add_eos": False, "num_tokens": 8},
+        None,
+        _llara_prompts(RELEASE_EBAE_PROMPT, RELEASE_EBAR_PROMPT),
+        "similarity",
+        RELEASE_TOKENS,
     ),
     "mean": Recipe(Pooling, {"attention": "bidirectional", "pooling_mode": "mean"}),
     "last-token": Recipe(Pooling, {"attention": "causal", "pooling_mode": "lasttoken"}),
@@ -57,7 +78,8 @@ def build_model(
 
     Args:
         base: a Hub id, a local folder, or a ``.gguf`` file.
-        recipe: ``nv-embed``, ``llara``, ``mean`` or ``last-token``.
+        recipe: ``nv-embed``, ``llara``, ``llara-release`` (16 added tokens, whose embeddings are drawn around the mean
+            of the others), ``mean`` or ``last-token``.
         lora: train the LLM by the recipe's LoRA (``nv-embed``: r 16, alpha 32; ``llara``: r 64, alpha 16; dropout 0.1
             on every linear map of the layers). What the recipe adds trains in full either way.
         **overrides: arguments of ``LLMBackbone`` (``attention``, ``num_layers``, ``max_seq_length``, ``model_kwargs``,
@@ -87,6 +109,8 @@ def build_model(
         )
     arguments = {**chosen.defaults, **overrides}
     backbone = _load_backbone(base, {k: v for k, v in arguments.items() if k in backbone_names})
+    if chosen.added_tokens:
+        _add_tokens(backbone, chosen.added_tokens)
     pooling = chosen.pooling(
         backbone.get_embedding_dimension(), **{k: v for k, v in arguments.items() if k in pooling_names}
     )
@@ -100,6 +124,13 @@ def build_model(
         task = TaskType.FEATURE_EXTRACTION
         model.add_adapter(LoraConfig(task_type=task, target_modules="all-linear", **chosen.lora))
     return model
+
+
+def _add_tokens(backbone: LLMBackbone, tokens: list[str]) -> None:
+    backbone.tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens], special_tokens=True)
+    # An LLM may have more rows than its tokenizer has tokens.
+    if len(backbone.tokenizer) > backbone.model.get_input_embeddings().num_embeddings:
+        backbone.model.resize_token_embeddings(len(backbone.tokenizer))
 
 
 def _argument_names(module: type[Module]) -> set[str]:

@@ -14,6 +14,11 @@ from dataclasses import dataclass
 EBAE_PROMPT = "{text} The original sentence:"
 EBAR_PROMPT = "{text} The next sentence:"
 
+# Those of its released code: eight tokens of their own each, added to the tokenizer.
+RELEASE_TOKENS = [f"<s{i}>" for i in range(1, 17)]
+RELEASE_EBAE_PROMPT = '"{text}", summarize the above passage within eight words: ' + "".join(RELEASE_TOKENS[:8])
+RELEASE_EBAR_PROMPT = '"{text}", predict the following passage within eight words: ' + "".join(RELEASE_TOKENS[8:])
+
 # Kind -> (symmetric: the instruction goes on both sides, in-batch negatives are safe).
 KINDS = {
     "retrieval": (False, True),

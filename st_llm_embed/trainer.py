@@ -80,6 +80,9 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         elif isinstance(loss, PretextLoss):
             for name, rows in _as_dict(train_dataset).items():
                 check_pretext_columns(rows, name)
+            if loss.prefix and (args is None or not args.prompts):
+                args = copy.copy(args) if args else LLMEmbedTrainingArguments(output_dir="tmp_trainer")
+                args.prompts = {"text": loss.prefix}
         super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
         if tasks is not None:
             self.model.prompts.update(encoding_prompts(tasks, self.model.prompts))

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed import build_model, publish
 from st_llm_embed.hub import check, save_sealed, seal
+from st_llm_embed.model import RECIPES
 
 STOCK_RECIPES = {"mean", "last-token"}
 STRANGER = """
@@ -51,10 +52,10 @@ def stranger(source: Path, copy: Path, trust: bool, train: bool = False) -> dict
         return dict(vectors)
 
 
-@pytest.mark.parametrize("recipe", ["nv-embed", "llara", "mean", "last-token"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_three_generations_without_this_package(llm, tmp_path, recipe):
     model = build_model(llm, recipe)
-    model.prompts["docs"] = "Instruct: find it\nQuery: " if recipe != "llara" else "{text} In one word:"
+    model.prompts["docs"] = "Instruct: find it\nQuery: " if not recipe.startswith("llara") else "{text} In one word:"
     first = save_sealed(model, tmp_path / "first")
     stock = recipe in STOCK_RECIPES
     types = [entry["type"] for entry in json.loads((first / "modules.json").read_text())]

@@ -57,7 +57,8 @@ def test_llara_reads_queries_and_documents_under_different_prompts(llm):
 
 def test_bad_arguments_are_named_with_the_valid_ones(llm, tmp_path):
     with pytest.raises(
-        ValueError, match="recipe='nvembed' is unknown. Valid recipes: nv-embed, llara, mean, last-token"
+        ValueError,
+        match="recipe='nvembed' is unknown. Valid recipes: nv-embed, llara, llara-release, mean, last-token",
     ):
         build_model(llm, "nvembed")
     with pytest.raises(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import save_llm
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from st_llm_embed import LLMBackbone, PretextLoss, build_model
-from st_llm_embed.losses.pretext import bag_of_words_loss
-from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT
+from st_llm_embed.losses.pretext import _ChunkedCrossEntropy, bag_of_words_loss
+from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT, RELEASE_EBAE_PROMPT, RELEASE_EBAR_PROMPT
 
 TEXT = ["the cat sat on the mat", "dogs", "seven dogs were barking at the moon"]
 NEXT = ["the quick brown fox", "", "sum of all numbers"]
@@ -84,6 +87,127 @@ def test_the_parts_equal_the_formula(llm):
             torch.testing.assert_close(parts[name], torch.stack(terms).mean(), atol=1e-5, rtol=1e-5)
 
 
+def test_the_papers_form_sums_over_a_bag(llm):
+    model = build_model(llm, "llara").eval()
+    with torch.no_grad():
+        mean, paper = PretextLoss(model)(columns(model)[:2]), PretextLoss(model, form="paper")(columns(model)[:2])
+        single = [model.preprocess(TEXT[:1]), model.preprocess(NEXT[:1])]
+        words = set(model.tokenizer(TEXT[0], add_special_tokens=False)["input_ids"])
+        one, summed = PretextLoss(model)(single), PretextLoss(model, form="paper")(single)
+    torch.testing.assert_close(summed["ebae"], one["ebae"] * len(words))
+    assert paper["ebar"] > mean["ebar"]
+
+
+@pytest.mark.parametrize("case", ["joint", "single"])
+def test_equals_the_released_code(shared, case):
+    """Losses, positions, mask, hidden states and gradients, on the ids that the original's own tokenizing made."""
+    folder = shared / "fixtures" / "llara_tiny"
+    stored = {k.removeprefix(f"{case}."): v for k, v in load_file(folder / "pretrain_expected.safetensors").items()}
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    backbone = LLMBackbone(str(folder), attention="causal", add_eos=False)
+    model = SentenceTransformer(modules=[backbone, Pooling(64, "lasttoken")]).eval()
+    loss = PretextLoss(
+        model,
+        RELEASE_EBAE_PROMPT,
+        RELEASE_EBAR_PROMPT,
+        num_tokens=8,
+        lm_head=whole.get_output_embeddings(),
+        form="release",
+    )
+    expected = json.loads((folder / "pretrain_expected.json").read_text())
+    assert loss.self_ids == expected["summarize_suffix_ids"] and loss.next_ids == expected["predict_suffix_ids"]
+    texts, starts = [], []
+    for ids, mask, labels in zip(stored["input_ids"], stored["attention_mask"], stored["labels"], strict=True):
+        row = ids[mask.bool()].tolist()
+        texts.append(row[: -len(loss.self_ids) - len(loss.next_ids)])
+        starts.append(len(texts[-1]) - int((labels != -100).sum()))
+    joint = loss.join_prompts(texts, torch.device("cpu"))
+    hidden = model[0](joint.features)["token_embeddings"]
+    real = joint.features["attention_mask"].bool()
+    torch.testing.assert_close(hidden[real], stored["last_hidden_state_packed"], atol=5e-5, rtol=0)
+    for row, (theirs, mask) in enumerate(zip(stored["mask_allowed_4d"], stored["attention_mask"], strict=True)):
+        length = int(mask.sum())  # theirs is padded on the left
+        assert torch.equal(
+            joint.features["structured_mask"][row, :length, :length], theirs[0, -length:, -length:].bool()
+        )
+        positions = stored["position_ids"][0, -length:]
+        assert torch.equal(joint.features["position_ids"][row, :length], positions - positions[0])
+    rows = torch.arange(len(texts)).unsqueeze(1)
+    carriers = [hidden[rows, joint.self_positions], hidden[rows, joint.next_positions]]
+    torch.testing.assert_close(carriers[0], stored["summarize_hidden"], atol=5e-5, rtol=0)
+    torch.testing.assert_close(carriers[1], stored["predict_hidden"], atol=5e-5, rtol=0)
+    targets = [[row.tolist() for row in stored[f"output_{name}_ids"]] for name in ("summarize", "predict")]
+    parts = loss.compute_loss_from_embeddings(carriers, targets)
+    parts["ar"] = loss._autoregressive_loss(hidden, joint.texts, starts)
+    torch.testing.assert_close(2 * parts["ebae"], stored["bow_summarize_loss"][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(2 * parts["ebar"], stored["bow_predict_loss"][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(parts["ar"], stored["ar_loss"][0], atol=1e-5, rtol=0)
+    total = sum(parts.values())
+    torch.testing.assert_close(total, stored["loss"][0], atol=1e-5, rtol=0)
+    if case == "joint":
+        total.backward()
+        gradients = {f"model.{name}": p.grad for name, p in backbone.model.named_parameters()}
+        gradients["lm_head.weight"] = loss.lm_head.weight.grad
+        theirs = {name.removeprefix("grad."): value for name, value in stored.items() if name.startswith("grad.")}
+        assert set(gradients) == set(theirs) and len(theirs) == 21
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, theirs[name], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_release_variant_from_build_model(llm, side):
+    """Joint equals separate; the quote before the text is neither predicted nor in a bag; AR equals plain logits."""
+    model = build_model(llm, "llara-release").eval()
+    model.tokenizer.padding_side = side
+    loss = PretextLoss(model, RELEASE_EBAE_PROMPT, RELEASE_EBAR_PROMPT, num_tokens=8, form="release")
+    assert model.tokenizer.convert_ids_to_tokens(loss.self_ids)[-8:] == [f"<s{i}>" for i in range(1, 9)]
+    with pytest.raises(ValueError, match="the column 'text' does not. Pass"):
+        loss(columns(model))
+    features = model.preprocess(TEXT, prompt='"')
+    ids = [
+        row[mask.bool()].tolist() for row, mask in zip(features["input_ids"], features["attention_mask"], strict=True)
+    ]
+    joint = loss.join_prompts(ids, torch.device("cpu"))
+    rows = torch.arange(len(TEXT)).unsqueeze(1)
+    with torch.no_grad():
+        parts = loss([features, model.preprocess(NEXT)])
+        hidden = model[0](joint.features)["token_embeddings"]
+        for prompt, positions in (
+            (RELEASE_EBAE_PROMPT, joint.self_positions),
+            (RELEASE_EBAR_PROMPT, joint.next_positions),
+        ):
+            pooled = nn.functional.normalize(hidden[rows, positions].mean(dim=1), dim=-1)
+            alone = model.encode(TEXT, prompt=prompt, convert_to_tensor=True)
+            torch.testing.assert_close(pooled, alone, atol=1e-5, rtol=0)
+        weight = model[0].model.get_input_embeddings().weight
+        terms = []
+        for row, text in enumerate(ids):
+            logits = hidden[row, : len(text)] @ weight.T
+            terms += [-logits[i - 1].log_softmax(-1)[text[i]] for i in range(2, len(text))]  # after BOS and the quote
+    torch.testing.assert_close(parts["ar"], torch.stack(terms).mean(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("states", "weight", "bias")])
+def test_the_chunked_cross_entropy_equals_the_plain_one(frozen):
+    given = {"states": torch.randn(300, 8), "weight": torch.randn(50, 8), "bias": torch.randn(50)}
+    targets = torch.randint(0, 50, (300,))
+    values, gradients = [], []
+    for chunked in (True, False):
+        tensors = {name: value.clone().requires_grad_(name not in frozen) for name, value in given.items()}
+        if chunked:
+            value = _ChunkedCrossEntropy.apply(*tensors.values(), targets)
+        else:
+            logits = nn.functional.linear(*tensors.values())
+            value = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        if len(frozen) < 3:
+            (value / 7).backward()
+        values.append(value.detach())
+        gradients.append([tensor.grad for tensor in tensors.values() if tensor.requires_grad])
+    torch.testing.assert_close(values[0], values[1], atol=1e-4, rtol=1e-6)
+    assert len(gradients[0]) == 3 - len(frozen)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-5)
+
+
 def test_bags_without_words_do_not_count():
     logits = torch.randn(3, 7, requires_grad=True)
     torch.testing.assert_close(bag_of_words_loss(logits, [[], [2], []]), -logits.log_softmax(-1)[1, 2])
@@ -136,8 +260,14 @@ def test_refuses_models_prompts_and_columns_that_do_not_fit(llm):
     with pytest.raises(ValueError, match="needs an LLMBackbone.*not Transformer"):
         PretextLoss(SentenceTransformer(modules=[stock, Pooling(32)]))
     model = SentenceTransformer(modules=[LLMBackbone(llm, attention="causal"), Pooling(32, "lasttoken")])
-    with pytest.raises(ValueError, match="must begin with '{text}'"):
-        PretextLoss(model, self_prompt="The original sentence: {text}")
+    with pytest.raises(ValueError, match="must contain '{text}'"):
+        PretextLoss(model, self_prompt="The original sentence:")
+    with pytest.raises(ValueError, match="begin differently: 'Text: ' and ''"):
+        PretextLoss(model, self_prompt="Text: {text} The original sentence:")
+    with pytest.raises(ValueError, match="form='released' is unknown. Valid forms: mean, paper, release"):
+        PretextLoss(model, form="released")
+    with pytest.raises(ValueError, match="it needs attention='causal'"):
+        PretextLoss(build_model(llm, "mean"), form="release")
     with pytest.raises(ValueError, match=r"num_tokens=99 is outside 1\.\."):
         PretextLoss(model, num_tokens=99)
     with pytest.raises(ValueError, match="takes the columns 'text' and 'next', got 1"):

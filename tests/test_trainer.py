@@ -146,6 +146,22 @@ def test_pretext_logs_its_parts(llm, tmp_path):
     assert {name for name in before if name.startswith("0.")} == moved(model, before)
 
 
+def test_the_release_variant_trains_with_its_prefix_and_logs_three_parts(llm, tmp_path):
+    model = build_model(llm, "llara-release")
+    data = Dataset.from_dict({"text": ["the cat sat"] * 4, "next": ["dogs bark", "", "a", "b"]})
+    loss = PretextLoss(model, model.prompts["document"], model.prompts["query"], num_tokens=8, form="release")
+    added = model.tokenizer.convert_tokens_to_ids([f"<s{i}>" for i in range(1, 17)])
+    before = model[0].model.get_input_embeddings().weight[added].detach().clone()
+    trainer = LLMEmbedTrainer(model, arguments(tmp_path), data, loss=loss)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        assert entry["loss"] == pytest.approx(entry["ebae"] + entry["ebar"] + entry["ar"], abs=1e-2)
+    after = model[0].model.get_input_embeddings().weight[added]
+    assert (after - before).abs().amax(dim=1).min() > 0  # every added token learns
+
+
 def test_the_best_checkpoint_comes_back(llm, tmp_path):
     """The host matches a checkpoint's classes by dotted name; a rewritten reference would silently keep the last."""
     model = build_model(llm)

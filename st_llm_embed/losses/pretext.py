@@ -3,8 +3,8 @@
     EBAE   the embedding of "{text} The original sentence:" predicts the words of the text itself
     EBAR   the embedding of "{text} The next sentence:"     predicts the words of the text that follows
 
-Both are a bag-of-words cross-entropy through the LLM's own vocabulary projection W: -log softmax(W e) averaged over
-the target's set of tokens. One pass serves both: the two suffixes stand one after the other, cannot see each other,
+Both are a bag-of-words cross-entropy through the LLM's own vocabulary projection W: -log softmax(W e) over the
+target's set of tokens. One pass serves both: the two suffixes stand one after the other, cannot see each other,
 and both start at the position after the text:
 
     position    0 1 2 3 | 4 5 6 7 | 4 5 6 7
@@ -13,7 +13,7 @@ and both start at the position after the text:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,15 @@ from st_llm_embed.modules import LLMBackbone
 from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT
 
 TEXT, SELF, NEXT, PAD = range(4)
+FORMS = ("mean", "paper", "release")
+CHUNK = 128  # positions whose vocabulary logits exist at once in the autoregressive term
 
 
 @dataclass
 class JointPrompts:
     """A batch of texts with both suffixes: the backbone's features and where the two embeddings are."""
 
+    texts: list[list[int]]  # as cut to fit
     features: dict[str, Tensor]
     self_positions: Tensor  # (batch, num_tokens): the last tokens of SELF
     next_positions: Tensor  # (batch, num_tokens): the last tokens of NEXT
@@ -40,18 +43,20 @@ class JointPrompts:
 class PretextLoss(nn.Module):
     """EBAE + EBAR over the columns ``text`` and ``next``.
 
-    Works on any model whose first module is an ``LLMBackbone``, in the backbone's own attention mode. The released
-    code divides its terms by 10 and adds an autoregressive loss; the paper sums over tokens where this averages, so
-    that the parts read as nats per word.
+    Works on any model whose first module is an ``LLMBackbone``, in the backbone's own attention mode.
 
     Args:
         model: the model to adapt. Its pooling takes no part.
-        self_prompt: EBAE's prompt, ``{text}`` first.
-        next_prompt: EBAR's prompt, ``{text}`` first.
+        self_prompt: EBAE's prompt, with ``{text}``. What it has before the text, the column ``text`` must have got as
+            its prompt (``prompts={"text": ...}`` of the training arguments; ``LLMEmbedTrainer`` sees to it).
+        next_prompt: EBAR's prompt, with the same before the text.
         num_tokens: how many last tokens of each prompt carry the embedding. Where several do, the vocabulary logits
             are their element-wise maximum, as in the released code.
         lm_head: the vocabulary projection, a Linear from the hidden width to the vocabulary. Default: the LLM's input
             embeddings, where its config ties them to the LM head.
+        form: ``"mean"`` averages over the tokens of a bag, so that parts read as nats per word; ``"paper"`` sums over
+            them; ``"release"`` does what the released code does: the average, divided by 10, halved where both terms
+            have targets, beside an autoregressive loss on the text (``ar``).
 
     Inputs:
         +-------------+--------+
@@ -63,11 +68,11 @@ class PretextLoss(nn.Module):
         ``next`` may be empty: such rows count in EBAE only.
 
     Returns:
-        ``{"ebae": ..., "ebar": ...}``, which the trainer adds up and logs by name.
+        ``{"ebae": ..., "ebar": ...}`` and perhaps ``"ar"``, which the trainer adds up and logs by name.
 
     Raises:
-        ValueError: if the model has no LLMBackbone, no tied LM head and none is given, or the prompts do not begin
-            with ``{text}``.
+        ValueError: if the model has no LLMBackbone, no tied LM head and none is given, the prompts lack ``{text}`` or
+            differ before it, the form is unknown, or an autoregressive loss is asked of a bidirectional model.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class PretextLoss(nn.Module):
         next_prompt: str = EBAR_PROMPT,
         num_tokens: int = 1,
         lm_head: nn.Linear | None = None,
+        form: str = "mean",
     ) -> None:
         super().__init__()
         backbone = model[0]
@@ -91,21 +97,31 @@ class PretextLoss(nn.Module):
                 "lm_head=AutoModelForCausalLM.from_pretrained(base).get_output_embeddings()."
             )
         for prompt in (self_prompt, next_prompt):
-            if not prompt.startswith("{text}"):
-                raise ValueError(f"The pretext prompt {prompt!r} must begin with '{{text}}'.")
+            if "{text}" not in prompt:
+                raise ValueError(f"The pretext prompt {prompt!r} must contain '{{text}}'.")
+        (self.prefix, _, self_suffix), (other_prefix, _, next_suffix) = (
+            prompt.partition("{text}") for prompt in (self_prompt, next_prompt)
+        )
+        if self.prefix != other_prefix:
+            raise ValueError(f"The pretext prompts begin differently: {self.prefix!r} and {other_prefix!r}.")
+        if form not in FORMS:
+            raise ValueError(f"form={form!r} is unknown. Valid forms: {', '.join(FORMS)}.")
+        if form == "release" and backbone.attention != "causal":
+            raise ValueError("form='release' predicts each next token: it needs attention='causal'.")
         self.model = model
         self.self_prompt = self_prompt
         self.next_prompt = next_prompt
         self.num_tokens = num_tokens
         self.lm_head = lm_head
+        self.form = form
         # Read at once: the trainer may wrap self.model later (DDP, compile), which hides its modules.
         self.tokenizer = backbone.tokenizer
         self.max_seq_length = backbone.max_seq_length
         self.causal = backbone.attention == "causal"
         self.add_eos = backbone.add_eos
         eos = [self.tokenizer.eos_token_id] if backbone.add_eos else []
-        self.self_ids = backbone.tokenize_suffix(self_prompt.removeprefix("{text}")) + eos
-        self.next_ids = backbone.tokenize_suffix(next_prompt.removeprefix("{text}")) + eos
+        self.self_ids = backbone.tokenize_suffix(self_suffix) + eos
+        self.next_ids = backbone.tokenize_suffix(next_suffix) + eos
         for prompt, ids in ((self_prompt, self.self_ids), (next_prompt, self.next_ids)):
             if not 1 <= num_tokens <= len(ids):
                 raise ValueError(f"num_tokens={num_tokens} is outside 1..{len(ids)}, the length of {prompt!r}.")
@@ -122,14 +138,46 @@ class PretextLoss(nn.Module):
                 "st_llm_embed.data.consecutive_paragraphs."
             )
         text_ids, next_ids = (_token_rows(features) for features in columns)
+        starts = self._text_starts(columns[0])
         joint = self.join_prompts(text_ids, columns[0]["input_ids"].device)
         # Through the whole model, not its backbone alone: a DDP wrapper synchronises gradients in its forward only.
         hidden = self.model(joint.features)["token_embeddings"]  # (batch, seq, dim)
         rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(1)
-        return self.compute_loss_from_embeddings(
+        parts = self.compute_loss_from_embeddings(
             [hidden[rows, joint.self_positions], hidden[rows, joint.next_positions]],
-            [text_ids, next_ids],
+            [[ids[start:] for ids, start in zip(text_ids, starts, strict=True)], next_ids],
         )
+        if self.form == "release":
+            parts["ar"] = self._autoregressive_loss(hidden, joint.texts, starts)
+        return parts
+
+    def _text_starts(self, features: dict[str, Tensor]) -> list[int]:
+        """Where each row's text begins, after BOS and what the prompts have before it."""
+        if "instruction_mask" in features:
+            return features["instruction_mask"].sum(dim=1).tolist()
+        if self.prefix:
+            raise ValueError(
+                f"The pretext prompts begin with {self.prefix!r}, and the column 'text' does not. Pass "
+                f"prompts={{'text': {self.prefix!r}}} in the training arguments, or use LLMEmbedTrainer."
+            )
+        bos = self.tokenizer.bos_token_id
+        return [int(bos is not None and row[0] == bos) for row in _token_rows(features)]
+
+    def _autoregressive_loss(self, hidden: Tensor, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+        """Mean cross-entropy of each text's tokens given those before."""
+        places = [
+            (row, column)
+            for row, (text, start) in enumerate(zip(texts, starts, strict=True))
+            for column in range(max(start, 1), len(text))
+        ]
+        if not places:
+            return hidden.sum() * 0.0
+        rows, columns = torch.tensor(places, device=hidden.device).T
+        states = hidden[rows, columns - 1]  # (tokens, dim)
+        targets = torch.tensor([texts[row][column] for row, column in places], device=hidden.device)
+        head = self.lm_head
+        weight, bias = (self._tied_embeddings[0].weight, None) if head is None else (head.weight, head.bias)
+        return _ChunkedCrossEntropy.apply(states, weight, bias, targets) / len(places)
 
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], targets: list[list[list[int]]]
@@ -141,11 +189,14 @@ class PretextLoss(nn.Module):
             targets: for each, the token ids of every row's target text. Special tokens and repetitions do not count.
         """
         special = set(self.tokenizer.all_special_ids)
-        parts = {}
+        parts, with_targets = {}, 0
         for name, states, rows in zip(("ebae", "ebar"), embeddings, targets, strict=True):
             bags = [sorted(set(row) - special) for row in rows]
+            with_targets += any(bags)
             logits = self._project(states).amax(dim=1)  # (batch, vocabulary)
-            parts[name] = bag_of_words_loss(logits, bags)
+            parts[name] = bag_of_words_loss(logits, bags, "sum" if self.form == "paper" else "mean")
+        if self.form == "release":
+            parts = {name: part / (10 * max(with_targets, 1)) for name, part in parts.items()}
         return parts
 
     def _project(self, states: Tensor) -> Tensor:
@@ -182,6 +233,7 @@ class PretextLoss(nn.Module):
             structured_mask &= torch.ones(seq, seq, dtype=torch.bool, device=device).tril()
         last = torch.arange(-self.num_tokens, 0, device=device)
         return JointPrompts(
+            texts,
             {
                 "input_ids": input_ids,
                 "attention_mask": (block != PAD).long(),
@@ -197,6 +249,7 @@ class PretextLoss(nn.Module):
             "self_prompt": self.self_prompt,
             "next_prompt": self.next_prompt,
             "num_tokens": self.num_tokens,
+            "form": self.form,
         }
 
     @property
@@ -214,15 +267,59 @@ class PretextLoss(nn.Module):
 """
 
 
-def bag_of_words_loss(logits: Tensor, bags: list[list[int]]) -> Tensor:
-    """Mean over rows of the mean of ``-log softmax(logits)`` over the row's bag; rows with an empty bag do not count.
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """``cross_entropy(states @ weight.T + bias, targets, reduction="sum")`` without ``(tokens, vocabulary)`` logits.
+
+    Those of a chunk of tokens are made, turned into loss and gradients at once, and dropped, so that none is kept for
+    the backward pass and the gradient of ``weight`` exists once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        wanted = [tensor is not None and tensor.requires_grad for tensor in (states, weight, bias)]
+        gradients = [
+            torch.zeros_like(tensor, dtype=torch.float32) if want else None
+            for tensor, want in zip((states, weight, bias), wanted, strict=True)
+        ]
+        total = states.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(states), CHUNK):
+            chunk, target = states[start : start + CHUNK], targets[start : start + CHUNK].unsqueeze(1)
+            log_probabilities = F.linear(chunk, weight, bias).float().log_softmax(dim=-1)  # (chunk, vocabulary)
+            total -= log_probabilities.gather(1, target).sum()
+            if not any(wanted):
+                continue
+            error = log_probabilities.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
+            if gradients[0] is not None:
+                gradients[0][start : start + CHUNK] = error.to(weight.dtype) @ weight
+            if gradients[1] is not None:
+                gradients[1].addmm_(error.T, chunk.float())
+            if gradients[2] is not None:
+                gradients[2] += error.sum(dim=0)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in (states, weight, bias)]
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            None if kept is None else (kept * gradient).to(dtype)
+            for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None)
+
+
+def bag_of_words_loss(logits: Tensor, bags: list[list[int]], reduction: str = "mean") -> Tensor:
+    """Mean over rows of the mean, or sum, of ``-log softmax(logits)`` over the row's bag; empty bags do not count.
 
     Args:
         logits: ``(batch, vocabulary)``.
         bags: each row's distinct token ids.
+        reduction: ``"mean"`` or ``"sum"`` over a bag.
     """
     log_probabilities = logits.float().log_softmax(dim=-1)
-    losses = [-log_probabilities[row, bag].mean() for row, bag in enumerate(bags) if bag]
+    losses = [getattr(-log_probabilities[row, bag], reduction)() for row, bag in enumerate(bags) if bag]
     return torch.stack(losses).mean() if losses else logits.sum() * 0.0
 
 
