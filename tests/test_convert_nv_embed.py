@@ -13,12 +13,13 @@ import torch
 from conftest import TEXTS, train_tokenizer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from test_latent_attention_pooling import ORIGINAL_NAMES, our_name
+from test_latent_attention_pooling import our_name
 from transformers import AutoModel, MistralConfig
 
 from st_llm_embed import LatentAttentionPooling
 from st_llm_embed.cli import main
 from st_llm_embed.convert import convert_nv_embed, load_nv_embed
+from st_llm_embed.convert.nv_embed import LATENT_NAMES
 
 PROMPT = "Instruct: find it\nQuery: "
 LIFE = """
@@ -45,7 +46,7 @@ print((tuned - torch.load(out + ".pt")).abs().max().item())
 
 
 def their_name(name: str) -> str:
-    for theirs, ours in sorted(ORIGINAL_NAMES.items(), key=lambda pair: -len(pair[1])):
+    for theirs, ours in sorted(LATENT_NAMES.items(), key=lambda pair: -len(pair[1])):
         if ours and name.startswith(ours):
             return "latent_attention_model." + name.replace(ours, theirs)
     prefix = "" if name == "latents" else "cross_attend_blocks.0.fn."

@@ -11,19 +11,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from st_llm_embed import LatentAttentionPooling
-
-ORIGINAL_NAMES = {
-    "cross_attend_blocks.0.fn.": "",
-    "cross_attend_blocks.0.norm_context": "latent_norm",
-    "cross_attend_blocks.0.norm": "token_norm",
-    "cross_attend_blocks.1.fn.net.0": "mlp_in",
-    "cross_attend_blocks.1.fn.net.2": "mlp_out",
-    "cross_attend_blocks.1.norm": "mlp_norm",
-}
+from st_llm_embed.convert.nv_embed import LATENT_NAMES
 
 
 def our_name(name: str) -> str:
-    for theirs, ours in ORIGINAL_NAMES.items():
+    for theirs, ours in LATENT_NAMES.items():
         name = name.replace(theirs, ours)
     return name
 

@@ -142,6 +142,21 @@ def test_a_prompt_that_leaves_no_room_is_refused(llm):
         backbone.preprocess(["a cat"], prompt="Query: ", max_length=4)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_same_batch_may_be_embedded_twice(llm, side):
+    """As the gradient-cached losses do: the second time counts, and what came in is as it was."""
+    backbone = LLMBackbone(llm).eval()
+    backbone.tokenizer.padding_side = side
+    features = backbone.preprocess(TEXTS, prompt="Query: ")
+    given = {key: value.clone() for key, value in features.items() if isinstance(value, torch.Tensor)}
+    with torch.no_grad():
+        first = backbone(features)["token_embeddings"]
+        backbone.model.get_input_embeddings().weight.mul_(-1)
+        second = backbone(features)["token_embeddings"]
+    assert (first - second).abs().max() > 1e-3 and features["token_embeddings"] is second
+    assert "position_ids" not in features and all(torch.equal(features[key], value) for key, value in given.items())
+
+
 def test_without_a_prompt_there_is_no_instruction_mask(llm):
     assert "instruction_mask" not in LLMBackbone(llm).preprocess(["a"])
 

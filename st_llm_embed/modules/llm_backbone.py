@@ -236,15 +236,16 @@ class LLMBackbone(Transformer):
             # It says all there is to say, padding too. Not in features: pooling reads what is there, and the
             # gradient-cached losses embed the same dict twice.
             inputs["attention_mask"] = torch.ones_like(attention_mask)
-        flatten = self.can_flatten_inputs and structured_mask is None
+        flatten = self.can_flatten_inputs and structured_mask is None and self._takes_position_ids
         with attending(self.model, self.attention, structured_mask, position_ids):
-            outputs = super().forward(_without_padding(inputs) if flatten else dict(inputs), **kwargs)
+            outputs = super().forward(_without_padding(inputs) if flatten else inputs, **kwargs)
         if flatten:
             real, states = attention_mask.bool(), outputs["token_embeddings"]  # (batch, seq), (1, tokens, dim)
             padded = states.new_zeros(*real.shape, states.shape[-1])
             features["token_embeddings"] = padded.masked_scatter(real.unsqueeze(-1), states)
         else:
-            features.update({key: value for key, value in outputs.items() if key not in inputs})
+            given = ("attention_mask", "position_ids")  # perhaps others than the batch's own
+            features.update({key: value for key, value in outputs.items() if key not in given})
         return features
 
     def _check_position_ids(self, position_ids: Tensor, attention_mask: Tensor) -> None:
