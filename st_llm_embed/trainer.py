@@ -82,7 +82,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                 check_pretext_columns(rows, name)
             if loss.prefix and (args is None or not args.prompts):
                 args = copy.copy(args) if args else LLMEmbedTrainingArguments(output_dir="tmp_trainer")
-                args.prompts = {"text": loss.prefix}
+                args.prompts = {"text": loss.prefix + "{text}"}
         super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
         if tasks is not None:
             self.model.prompts.update(encoding_prompts(tasks, self.model.prompts))

@@ -178,12 +178,33 @@ def test_a_suffix_follows_the_text_and_truncation_spares_it(llm, side, add_eos):
         assert tokenizer.decode(ids[masked.bool()]).strip() == "<s>Text:"
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("add_eos", [True, False])
+def test_a_templates_parts_are_tokens_of_their_own(tmp_path, side, bos, add_eos):
+    path = save_llm(tmp_path, tokenizer=train_tokenizer(byte_level=False, bos=bos))
+    backbone = LLMBackbone(path, add_eos=add_eos, max_seq_length=32)
+    tokenizer = backbone.tokenizer
+    tokenizer.padding_side = side
+
+    def alone(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False)["input_ids"]
+
+    features = backbone.preprocess(TEXTS, prompt='"{text}", in one word')
+    rows = zip(TEXTS, features["input_ids"], features["attention_mask"], features["instruction_mask"], strict=True)
+    for text, ids, real, masked in rows:
+        head = [*([1] if bos else []), *alone('"')]
+        tail = [*alone('", in one word'), *([2] if add_eos else [])]
+        assert ids[real.bool()].tolist() == [*head, *alone(text)[: 32 - len(head) - len(tail)], *tail]
+        assert ids[masked.bool()].tolist() == head
+
+
 def test_a_suffix_that_leaves_no_room_or_has_no_tokens_is_refused(llm):
     backbone = LLMBackbone(llm, max_seq_length=8)
     with pytest.raises(ValueError, match="leaves no room for text within max_seq_length=8"):
         backbone.preprocess(["a"], prompt="{text}" + " The next sentence:" * 3)
     with pytest.raises(ValueError, match="has no tokens"):
-        backbone.tokenize_suffix("")
+        backbone.tokenize_part("")
 
 
 def test_an_empty_text_has_a_token_even_without_special_tokens(tmp_path):

@@ -9,11 +9,11 @@ import torch
 from conftest import save_llm
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from st_llm_embed import LLMBackbone, PretextLoss, build_model
+from st_llm_embed import LLMBackbone, PretextLoss, PromptTokenPooling, build_model
 from st_llm_embed.losses.pretext import _ChunkedCrossEntropy, bag_of_words_loss
 from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT, RELEASE_EBAE_PROMPT, RELEASE_EBAR_PROMPT
 
@@ -154,6 +154,33 @@ def test_equals_the_released_code(shared, case):
             torch.testing.assert_close(gradient, theirs[name], atol=2e-6, rtol=0)
 
 
+def test_the_released_codes_representations(shared):
+    """Token ids, masks, the last eight hidden states and the embeddings of its fine-tuning, and the scores."""
+    folder = shared / "fixtures" / "llara_tiny"
+    expected = json.loads((folder / "finetune_expected.json").read_text())
+    stored = load_file(folder / "finetune_expected.safetensors")
+    backbone = LLMBackbone(str(folder), attention="causal", add_eos=False)
+    model = SentenceTransformer(modules=[backbone, PromptTokenPooling(64, num_tokens=8), Normalize()]).eval()
+    model.tokenizer.padding_side = "left"
+    queries = [row["query"] for row in expected["rows"]]
+    passages = [text for row in expected["rows"] for text in (*row["pos"], *row["neg"])]
+    vectors = {}
+    for name, texts, prompt in (("query", queries, RELEASE_EBAR_PROMPT), ("passage", passages, RELEASE_EBAE_PROMPT)):
+        model.max_seq_length = expected[f"{name}_max_len"]
+        features = model.preprocess(texts, prompt=prompt)
+        rows = zip(features["input_ids"], features["attention_mask"], strict=True)
+        theirs = zip(stored[f"{name}.input_ids"], stored[f"{name}.attention_mask"], strict=True)
+        # Theirs are padded to a multiple of 8.
+        assert [i[m.bool()].tolist() for i, m in rows] == [i[m.bool()].tolist() for i, m in theirs]
+        with torch.no_grad():
+            hidden = backbone(features)["token_embeddings"][:, -8:]
+        torch.testing.assert_close(hidden, stored[f"{name}.last8_hidden"], atol=5e-5, rtol=0)
+        vectors[name] = model.encode(texts, prompt=prompt, convert_to_tensor=True)
+        torch.testing.assert_close(vectors[name], stored[f"{name}.reps"], atol=2e-6, rtol=0)
+    scores = vectors["query"] @ vectors["passage"].T / expected["temperature"]
+    torch.testing.assert_close(scores, stored["scores"], atol=5e-5, rtol=0)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_release_variant_from_build_model(llm, side):
     """Joint equals separate; the quote before the text is neither predicted nor in a bag; AR equals plain logits."""
@@ -163,7 +190,7 @@ def test_the_release_variant_from_build_model(llm, side):
     assert model.tokenizer.convert_ids_to_tokens(loss.self_ids)[-8:] == [f"<s{i}>" for i in range(1, 9)]
     with pytest.raises(ValueError, match="the column 'text' does not. Pass"):
         loss(columns(model))
-    features = model.preprocess(TEXT, prompt='"')
+    features = model.preprocess(TEXT, prompt='"{text}')
     ids = [
         row[mask.bool()].tolist() for row, mask in zip(features["input_ids"], features["attention_mask"], strict=True)
     ]

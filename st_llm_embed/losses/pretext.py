@@ -48,7 +48,8 @@ class PretextLoss(nn.Module):
     Args:
         model: the model to adapt. Its pooling takes no part.
         self_prompt: EBAE's prompt, with ``{text}``. What it has before the text, the column ``text`` must have got as
-            its prompt (``prompts={"text": ...}`` of the training arguments; ``LLMEmbedTrainer`` sees to it).
+            its prompt (``prompts={"text": '"{text}'}`` of the training arguments for the released code's quote;
+            ``LLMEmbedTrainer`` sees to it).
         next_prompt: EBAR's prompt, with the same before the text.
         num_tokens: how many last tokens of each prompt carry the embedding. Where several do, the vocabulary logits
             are their element-wise maximum, as in the released code.
@@ -120,8 +121,8 @@ class PretextLoss(nn.Module):
         self.causal = backbone.attention == "causal"
         self.add_eos = backbone.add_eos
         eos = [self.tokenizer.eos_token_id] if backbone.add_eos else []
-        self.self_ids = backbone.tokenize_suffix(self_suffix) + eos
-        self.next_ids = backbone.tokenize_suffix(next_suffix) + eos
+        self.self_ids = backbone.tokenize_part(self_suffix) + eos
+        self.next_ids = backbone.tokenize_part(next_suffix) + eos
         for prompt, ids in ((self_prompt, self.self_ids), (next_prompt, self.next_ids)):
             if not 1 <= num_tokens <= len(ids):
                 raise ValueError(f"num_tokens={num_tokens} is outside 1..{len(ids)}, the length of {prompt!r}.")
@@ -158,7 +159,7 @@ class PretextLoss(nn.Module):
         if self.prefix:
             raise ValueError(
                 f"The pretext prompts begin with {self.prefix!r}, and the column 'text' does not. Pass "
-                f"prompts={{'text': {self.prefix!r}}} in the training arguments, or use LLMEmbedTrainer."
+                f"prompts={{'text': {self.prefix + '{text}'!r}}} in the training arguments, or use LLMEmbedTrainer."
             )
         bos = self.tokenizer.bos_token_id
         return [int(bos is not None and row[0] == bos) for row in _token_rows(features)]

@@ -90,7 +90,7 @@ class LLMBackbone(Transformer):
         self.add_eos = add_eos
         self.instruction_mask = instruction_mask
         self.probe = probe
-        self._suffix_ids: dict[str, list[int]] = {}
+        self._part_ids: dict[str, list[int]] = {}
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         if num_layers is not None:
             keep_first_layers(self.model, num_layers)
@@ -126,20 +126,24 @@ class LLMBackbone(Transformer):
 
         Args:
             inputs: texts.
-            prompt: put before every text; or, where it contains ``{text}``, around it: truncation then cuts the text,
-                never the part after it.
+            prompt: put before every text; or, where it contains ``{text}``, around it, its parts tokenized by
+                themselves (but for a part before the text that ends in a space): truncation cuts the text, never
+                what is around it.
             processing_kwargs: as in ``Transformer.preprocess``.
 
         Raises:
             ValueError: if the prompt leaves no room for text within ``max_seq_length``.
         """
-        prefix, _, suffix = (prompt or "").partition(TEXT)
+        prefix, template, suffix = (prompt or "").partition(TEXT)
         if not (prefix or suffix or self.add_eos):
             # A text without a single token would have no embedding: it becomes EOS alone.
             inputs = [text if text.strip() else self.tokenizer.eos_token for text in inputs]
         elif self.add_eos == "nv-embed":
             inputs = [text + self.tokenizer.eos_token for text in inputs]
-        suffix_ids = self.tokenize_suffix(suffix) if suffix else []
+        # A template's parts are tokens of their own, as in LLaRA, but for a space that the first word takes along.
+        prefix_ids = self.tokenize_part(prefix) if template and prefix and not prefix[-1].isspace() else []
+        suffix_ids = self.tokenize_part(suffix) if suffix else []
+        joined = "" if prefix_ids else prefix
         text_kwargs = dict((processing_kwargs or {}).get("text", {}))
         if prefix or suffix:
             max_length = text_kwargs.get("max_length") or kwargs.get("max_length") or self.max_seq_length
@@ -150,14 +154,14 @@ class LLMBackbone(Transformer):
                     f"The prompt {prompt!r} takes {around} tokens with BOS and EOS, which leaves no room for text "
                     f"within max_seq_length={max_length}. Raise max_seq_length or shorten the prompt."
                 )
-            if prefix:
+            if joined:
                 text_kwargs["return_offsets_mapping"] = True
-            if suffix_ids and max_length is not None:
+            if (inserted := len(prefix_ids) + len(suffix_ids)) and max_length is not None:
                 kwargs.pop("max_length", None)
-                text_kwargs["max_length"] = max_length - len(suffix_ids)
+                text_kwargs["max_length"] = max_length - inserted
         processing_kwargs = {**(processing_kwargs or {}), "text": text_kwargs}
-        features = super().preprocess(inputs, prompt=prefix or None, processing_kwargs=processing_kwargs, **kwargs)
-        if prefix:
+        features = super().preprocess(inputs, prompt=joined or None, processing_kwargs=processing_kwargs, **kwargs)
+        if joined:
             offsets = features.pop("offset_mapping")
             if self.instruction_mask == "exact":
                 features["instruction_mask"] = _exact_instruction_mask(offsets, features, len(prefix))
@@ -166,6 +170,8 @@ class LLMBackbone(Transformer):
                 columns = instruction_length if self.tokenizer.padding_side == "right" else 0
                 features["instruction_mask"] = features["attention_mask"].clone()
                 features["instruction_mask"][:, columns:] = 0
+        if prefix_ids:
+            self._insert_prefix(features, prefix_ids)
         if suffix_ids:
             self._insert_suffix(features, suffix_ids)
         return features
@@ -174,40 +180,34 @@ class LLMBackbone(Transformer):
         """No: ``forward`` drops the padding itself, so that masks and pooling see one form of batch."""
         return False
 
-    def tokenize_suffix(self, suffix: str) -> list[int]:
-        """Token ids of the part of a prompt that follows the text, without BOS and EOS.
+    def tokenize_part(self, part: str) -> list[int]:
+        """Token ids of a part of a prompt by itself, without BOS and EOS.
 
         Raises:
             ValueError: if there are none.
         """
-        if suffix not in self._suffix_ids:
-            ids = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+        if part not in self._part_ids:
+            ids = self.tokenizer(part, add_special_tokens=False)["input_ids"]
             if not ids:
-                raise ValueError(f"The prompt suffix {suffix!r} has no tokens. Give it some text.")
-            self._suffix_ids[suffix] = ids
-        return self._suffix_ids[suffix]
+                raise ValueError(f"The prompt part {part!r} has no tokens. Give it some text.")
+            self._part_ids[part] = ids
+        return self._part_ids[part]
+
+    def _insert_prefix(self, features: dict[str, Any], prefix_ids: list[int]) -> None:
+        """Put the prefix after each row's BOS; both stay out of the pool."""
+        first = features["attention_mask"].argmax(dim=1, keepdim=True)  # (batch, 1): each row's first real token
+        is_bos = (features["input_ids"].gather(1, first) == self.tokenizer.bos_token_id).long()
+        features["instruction_mask"] = torch.zeros_like(features["attention_mask"]).scatter(1, first, is_bos)
+        _insert(features, prefix_ids, first + is_bos, instruction=1)
 
     def _insert_suffix(self, features: dict[str, Any], suffix_ids: list[int]) -> None:
-        """Put the suffix after each row's text and before its EOS. Every row grows by the same number of columns."""
-        input_ids, attention_mask = features["input_ids"], features["attention_mask"]  # (batch, seq)
-        batch, seq = input_ids.shape
-        columns = torch.arange(seq, device=input_ids.device)
-        last = (columns * attention_mask).argmax(dim=1, keepdim=True)  # (batch, 1): each row's last real token
+        """Put the suffix after each row's text and before its EOS."""
+        columns = torch.arange(features["input_ids"].shape[1], device=features["input_ids"].device)
+        last = (columns * features["attention_mask"]).argmax(dim=1, keepdim=True)  # (batch, 1): the last real token
         insert_at = last + 1
         if self.add_eos:
-            insert_at -= (input_ids.gather(1, last) == self.tokenizer.eos_token_id).long()
-        target = columns + (columns >= insert_at) * len(suffix_ids)  # (batch, seq): where each column goes
-        suffix_columns = insert_at + torch.arange(len(suffix_ids), device=input_ids.device)  # (batch, suffix)
-        suffix = torch.tensor(suffix_ids, device=input_ids.device).expand(batch, -1)
-        fills = {
-            "input_ids": suffix,
-            "attention_mask": torch.ones_like(suffix),
-            "instruction_mask": torch.zeros_like(suffix),
-        }
-        for key in fills.keys() & features.keys():
-            old = features[key]
-            new = old.new_zeros(batch, seq + len(suffix_ids)).scatter(1, target, old)
-            features[key] = new.scatter(1, suffix_columns, fills[key])
+            insert_at -= (features["input_ids"].gather(1, last) == self.tokenizer.eos_token_id).long()
+        _insert(features, suffix_ids, insert_at, instruction=0)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Run the LLM.
@@ -295,6 +295,24 @@ def _without_padding(features: dict[str, Any]) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def _insert(features: dict[str, Any], ids: list[int], insert_at: Tensor, instruction: int) -> None:
+    """Insert ``ids`` into each row before column ``insert_at`` ``(batch, 1)``: every row grows by the same number."""
+    batch, seq = features["input_ids"].shape
+    columns = torch.arange(seq, device=insert_at.device)
+    moved_to = columns + (columns >= insert_at) * len(ids)  # (batch, seq): where each column goes
+    new_columns = insert_at + torch.arange(len(ids), device=insert_at.device)  # (batch, len(ids))
+    new = torch.tensor(ids, device=insert_at.device).expand(batch, -1)
+    fills = {
+        "input_ids": new,
+        "attention_mask": torch.ones_like(new),
+        "instruction_mask": torch.full_like(new, instruction),
+    }
+    for key in fills.keys() & features.keys():
+        old = features[key]
+        grown = old.new_zeros(batch, seq + len(ids)).scatter(1, moved_to, old)
+        features[key] = grown.scatter(1, new_columns, fills[key])
 
 
 def _exact_instruction_mask(offsets: Tensor, features: dict[str, Any], prefix_length: int) -> Tensor:
