@@ -49,6 +49,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="Hub id or folder of the checkpoint")
     convert.add_argument("output", help="folder to write; must not exist, or be empty")
     convert.set_defaults(run=_convert)
+    average = commands.add_parser(
+        "average",
+        help="average the weights of several checkpoints of a model",
+        description="Write one model whose weights are the mean of several checkpoints', or lie on the great circles "
+        "between them. Often better than the best of them.",
+    )
+    average.add_argument("checkpoints", nargs="+", help="folders that the trainer or save_pretrained wrote")
+    average.add_argument("--output", required=True, help="folder to write; must not exist, or be empty")
+    average.add_argument("--method", default="equal", help="equal or slerp (default: %(default)s)")
+    average.add_argument("--weights", type=float, nargs="+", help="a number for each checkpoint (default: all equal)")
+    average.set_defaults(run=_average)
     demo = commands.add_parser(
         "demo",
         help="adapt, train, evaluate, write and reload a model, offline",
@@ -84,6 +95,13 @@ def _convert(arguments: argparse.Namespace) -> None:
     folder = convert_nv_embed(arguments.source, arguments.output)
     print(f"Wrote {folder}. Its weights are licensed under CC-BY-NC-4.0: no commercial use.")
     print(f'Load it with SentenceTransformer("{folder}", trust_remote_code=True).')
+
+
+def _average(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.averaging import average_checkpoints
+
+    folder = average_checkpoints(arguments.checkpoints, arguments.output, arguments.method, arguments.weights)
+    print(f"Wrote the average of {len(arguments.checkpoints)} checkpoints to {folder}.")
 
 
 def _demo(arguments: argparse.Namespace) -> None:
