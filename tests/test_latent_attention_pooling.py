@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 
 from st_llm_embed import LatentAttentionPooling
 from st_llm_embed.convert.nv_embed import LATENT_NAMES
@@ -191,6 +192,25 @@ def test_many_tokens_are_pooled_in_chunks():
         pooled = layer(dict(features))["sentence_embedding"]
     assert len(seen) == 5 and max(seen) == 1024
     torch.testing.assert_close(pooled, literal(layer, features).detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [2, 24])
+def test_gradient_checkpointing_gives_the_same_gradients(head_dim):
+    layer = LatentAttentionPooling(12, num_latents=5, num_heads=3, head_dim=head_dim)
+    model = SentenceTransformer(modules=[layer])
+    given = {"token_embeddings": torch.randn(3, 1500, 12), "attention_mask": torch.ones(3, 1500).long()}
+    calls, gradients = [], []
+    layer.mlp_in.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    for enabled in (False, True):
+        if enabled:
+            model.gradient_checkpointing_enable()
+        layer.zero_grad()
+        states = given["token_embeddings"].clone().requires_grad_()
+        calls.clear()
+        layer.train()({**given, "token_embeddings": states})["sentence_embedding"].square().sum().backward()
+        gradients.append([states.grad, *(p.grad.clone() for p in layer.parameters())])
+    assert len(calls) == 10 and max(calls) == 1024  # each of 5 chunks twice
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
 
 
 def test_rows_without_a_token_and_batches_without_one_are_zero():

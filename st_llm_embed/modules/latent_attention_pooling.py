@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from sentence_transformers.base.modules.module import Module
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 MLPS = ("geglu", "gelu", None)
 CHUNK = 1024  # tokens: what is alive at once without gradients, however many texts there are
@@ -116,6 +117,7 @@ class LatentAttentionPooling(Module):
             self.mlp_norm = nn.LayerNorm(embedding_dimension)
             self.mlp_in = nn.Linear(embedding_dimension, 2 * width if mlp == "geglu" else width)
             self.mlp_out = nn.Linear(width, embedding_dimension)
+        self.gradient_checkpointing = False
         self._cache: tuple[tuple, Tensor, tuple[Tensor, Tensor]] | None = None
 
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
@@ -140,16 +142,20 @@ class LatentAttentionPooling(Module):
         exact = torch.promote_types(tokens.dtype, torch.float32)
         sums = torch.zeros(batch, self.embedding_dimension, dtype=exact, device=tokens.device)
         inner_sums = None
-        size = len(rows) if torch.is_grad_enabled() else CHUNK
-        for chunk, row in zip(places.split(max(size, 1)), rows.split(max(size, 1)), strict=True):
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        size = CHUNK if checkpointing or not torch.is_grad_enabled() else max(len(rows), 1)
+        for chunk, row in zip(places.split(size), rows.split(size), strict=True):
             # A layer in float32 behind an LLM in half precision is exact, and not an error.
-            attended = self._attend(flat[chunk].to(self.latents.dtype), latents, folded)  # (chunk, dim)
+            arguments = (flat[chunk].to(self.latents.dtype), *latents, folded)
+            if checkpointing:
+                attended, inner = checkpoint(self._steps_per_token, *arguments, use_reentrant=False)
+            else:
+                attended, inner = self._steps_per_token(*arguments)
             sums = sums.index_add(0, row, attended.to(exact))
-            if self.mlp is not None:
-                inner = self._mlp_inner(attended).to(exact)  # (chunk, mlp_ratio * dim)
+            if inner is not None:
                 if inner_sums is None:
-                    inner_sums = inner.new_zeros(batch, inner.shape[1])
-                inner_sums = inner_sums.index_add(0, row, inner)
+                    inner_sums = torch.zeros(batch, inner.shape[1], dtype=exact, device=tokens.device)
+                inner_sums = inner_sums.index_add(0, row, inner.to(exact))
         counts = rows.bincount(minlength=batch).clamp(min=1).unsqueeze(1)
         pooled = sums / counts
         if inner_sums is not None:
@@ -173,6 +179,14 @@ class LatentAttentionPooling(Module):
             self.num_heads * self.num_latents * self.embedding_dimension
         )
         return tokens * saved > (0 if self._may_cache() else self.num_latents * inner * self.embedding_dimension)
+
+    def _steps_per_token(
+        self, tokens: Tensor, keys: Tensor, values: Tensor, folded: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """All that must be done token by token: ``(chunk, dim)``, and ``(chunk, mlp_ratio * dim)`` where there is an
+        MLP."""
+        attended = self._attend(tokens, (keys, values), folded)
+        return attended, None if self.mlp is None else self._mlp_inner(attended)
 
     def _attend(self, tokens: Tensor, latents: tuple[Tensor, Tensor], folded: bool) -> Tensor:
         """``(total, dim)`` tokens, each with what it reads from the latents."""
@@ -237,6 +251,11 @@ class LatentAttentionPooling(Module):
         if self._cache is None or self._cache[0] != key or not torch.equal(self._cache[1], sample):
             self._cache = (key, sample, compute())
         return self._cache[2]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """What sentence-transformers calls on every module that has it: compute chunks of tokens again for their
+        gradients, instead of keeping what they need."""
+        self.gradient_checkpointing = True
 
     def train(self, mode: bool = True) -> LatentAttentionPooling:
         self._cache = None
