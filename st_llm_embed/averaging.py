@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from st_llm_embed.hub import demand_empty
+from st_llm_embed.hub import demand_empty, written_beside
 
 METHODS = ("equal", "slerp")
 NOT_OF_THE_MODEL = ("*.pt", "*.pth", "*.bin", "trainer_state.json")  # the trainer's state
@@ -65,18 +64,13 @@ def average_checkpoints(
     target = Path(output).resolve()
     demand_empty(target)
     files = _common_files(roots)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
-        staged = Path(staging) / target.name
+    with written_beside(target) as staged:
         shutil.copytree(roots[0], staged, ignore=shutil.ignore_patterns(*NOT_OF_THE_MODEL, "*.safetensors"))
         for file in files:
             tensors = [load_file(root / file) for root in roots]
             _check_tensors(roots, file, tensors)
             averaged = {name: _average([t[name] for t in tensors], weights, method) for name in tensors[0]}
             save_file(averaged, staged / file, {"format": "pt"})
-        if target.is_dir():
-            target.rmdir()
-        staged.rename(target)
     return target
 
 

@@ -31,7 +31,7 @@ from transformers import set_seed
 
 from st_llm_embed.data import consecutive_paragraphs, load_standard_library
 from st_llm_embed.evaluation import bm25_scores, model_scores, retrieval_test
-from st_llm_embed.hub import demand_empty, demand_room, save_sealed
+from st_llm_embed.hub import demand_empty, demand_room, save_sealed, written_beside
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import build_model
 from st_llm_embed.report import card_section, draw_report, results_table
@@ -148,8 +148,7 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
         with _step(f"evaluate after {name}", seconds):
             results[f"after {name}"] = model_scores(test, model)
 
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
-        staged = Path(temporary) / output.name
+    with written_beside(output) as staged:
         report = {
             "base": base_name,
             "settings": asdict(settings),
@@ -177,9 +176,6 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
             print(report["search"])
         draw_report(report, staged / "report.png")
         (staged / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if output.is_dir():
-            output.rmdir()
-        staged.rename(output)
     print(results_table(results))
     print(f"The model, its card, report.json and report.png are in {output}.")
     return report

@@ -19,6 +19,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -75,15 +77,11 @@ def save_sealed(model: SentenceTransformer, folder: str | Path, card_section: st
     demand_empty(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     demand_room(target.parent, model)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        staged = Path(temporary) / target.name
+    with written_beside(target) as staged:
         model.save_pretrained(str(staged))
         seal(staged)
         _finish_card(staged, card_section)
         check(staged, model)
-        if target.is_dir():
-            target.rmdir()
-        staged.rename(target)
     return target
 
 
@@ -233,6 +231,18 @@ def demand_empty(folder: Path) -> None:
     """Raise FileExistsError if ``folder`` is there and holds something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another, or remove it first.")
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``target`` at the end: an error or an interruption leaves nothing of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        staged = Path(temporary) / target.name
+        yield staged
+        if target.is_dir():
+            target.rmdir()
+        staged.rename(target)
 
 
 def demand_room(folder: Path, model: SentenceTransformer) -> None:

@@ -58,7 +58,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         if tasks is not None:
             if loss is not None or (args is not None and args.prompts):
                 raise ValueError("tasks= sets the losses and the prompts itself: leave out loss= and args.prompts.")
-            args = copy.copy(args) if args else LLMEmbedTrainingArguments(output_dir="tmp_trainer")
+            args = _own_copy(args)
             named = {task.name: task for task in tasks}
             model_prompts = model.prompts if model is not None else {}
             for dataset in (train_dataset, eval_dataset):
@@ -81,11 +81,16 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             for name, rows in _as_dict(train_dataset).items():
                 check_pretext_columns(rows, name)
             if loss.prefix and (args is None or not args.prompts):
-                args = copy.copy(args) if args else LLMEmbedTrainingArguments(output_dir="tmp_trainer")
+                args = _own_copy(args)
                 args.prompts = {"text": loss.prefix + "{text}"}
         super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
         if tasks is not None:
             self.model.prompts.update(encoding_prompts(tasks, self.model.prompts))
+
+
+def _own_copy(args: LLMEmbedTrainingArguments | None) -> LLMEmbedTrainingArguments:
+    """Arguments to set the prompts of: the caller's stay as they are."""
+    return copy.copy(args) if args else LLMEmbedTrainingArguments(output_dir="tmp_trainer")
 
 
 def _as_dict(dataset: AnyDataset | None) -> dict[str, Dataset | IterableDataset]:

@@ -25,6 +25,10 @@ def columns(model: SentenceTransformer) -> list[dict[str, torch.Tensor]]:
     return [model.preprocess(TEXT), model.preprocess(NEXT)]
 
 
+def real_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+    return [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_one_pass_equals_two_prompted_passes(llm, side, num_tokens):
@@ -32,9 +36,7 @@ def test_one_pass_equals_two_prompted_passes(llm, side, num_tokens):
     model.tokenizer.padding_side = side
     loss = PretextLoss(model, num_tokens=num_tokens)
     features = model.preprocess(TEXT)
-    ids = [
-        row[mask.bool()].tolist() for row, mask in zip(features["input_ids"], features["attention_mask"], strict=True)
-    ]
+    ids = real_tokens(features["input_ids"], features["attention_mask"])
     joint = loss.join_prompts(ids, torch.device("cpu"))
     rows = torch.arange(len(TEXT)).unsqueeze(1)
     with torch.no_grad():
@@ -168,10 +170,9 @@ def test_the_released_codes_representations(shared):
     for name, texts, prompt in (("query", queries, RELEASE_EBAR_PROMPT), ("passage", passages, RELEASE_EBAE_PROMPT)):
         model.max_seq_length = expected[f"{name}_max_len"]
         features = model.preprocess(texts, prompt=prompt)
-        rows = zip(features["input_ids"], features["attention_mask"], strict=True)
-        theirs = zip(stored[f"{name}.input_ids"], stored[f"{name}.attention_mask"], strict=True)
+        ours = real_tokens(features["input_ids"], features["attention_mask"])
         # Theirs are padded to a multiple of 8.
-        assert [i[m.bool()].tolist() for i, m in rows] == [i[m.bool()].tolist() for i, m in theirs]
+        assert ours == real_tokens(stored[f"{name}.input_ids"], stored[f"{name}.attention_mask"])
         with torch.no_grad():
             hidden = backbone(features)["token_embeddings"][:, -8:]
         torch.testing.assert_close(hidden, stored[f"{name}.last8_hidden"], atol=5e-5, rtol=0)
@@ -191,9 +192,7 @@ def test_the_release_variant_from_build_model(llm, side):
     with pytest.raises(ValueError, match="the column 'text' does not. Pass"):
         loss(columns(model))
     features = model.preprocess(TEXT, prompt='"{text}')
-    ids = [
-        row[mask.bool()].tolist() for row, mask in zip(features["input_ids"], features["attention_mask"], strict=True)
-    ]
+    ids = real_tokens(features["input_ids"], features["attention_mask"])
     joint = loss.join_prompts(ids, torch.device("cpu"))
     rows = torch.arange(len(TEXT)).unsqueeze(1)
     with torch.no_grad():

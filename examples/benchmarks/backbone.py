@@ -3,7 +3,7 @@
     python examples/benchmarks/backbone.py
 
 Forward: the same weights in both modules, texts of 16, 64 and 256 tokens in batches of 8, tokenized and run in turns;
-the figure is the median of the ratios of neighbours. Probe: its time while a sealed-like folder loads, against the
+the figure is the median of the ratios of neighbours. Probe: its time while a saved folder loads, against the
 time of ``SentenceTransformer(folder)``, and against that of the whole process with its imports; each in a new process.
 """
 

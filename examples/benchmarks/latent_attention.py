@@ -23,6 +23,8 @@ from torch import Tensor
 from st_llm_embed import LatentAttentionPooling, LLMBackbone, build_model
 from st_llm_embed.demo import bundled_llm
 
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
 
 def literal_pooling(layer: LatentAttentionPooling, features: dict[str, Tensor]) -> Tensor:
     """``(batch, dim)``, computed as the released code does."""
@@ -76,9 +78,6 @@ def peak_megabytes(layer: LatentAttentionPooling, rows: int, form: str) -> float
     with PeakMemory() as memory:
         layer(features) if form == "ours" else literal_pooling(layer, features)
     return memory.peak / 1e6
-
-
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 @torch.no_grad()

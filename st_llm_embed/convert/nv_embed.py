@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from transformers import AutoModel, MistralConfig, PreTrainedTokenizerFast
 
-from st_llm_embed.hub import demand_empty, seal
+from st_llm_embed.hub import demand_empty, seal, written_beside
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone
 
 LICENSE = "cc-by-nc-4.0"
@@ -80,9 +80,7 @@ def convert_nv_embed(source: str | Path, output: str | Path) -> Path:
     shards = _shards(root)
     text_config, latent = _llm_config(settings), _latent_arguments(settings)
     _check_tensors(shards, text_config, latent)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
-        staged = Path(staging) / target.name
+    with written_beside(target) as staged:
         staged.mkdir()
         text_config.dtype = _copy_tensors(shards, staged, staged / "1_LatentAttentionPooling")
         text_config.save_pretrained(staged)
@@ -90,9 +88,6 @@ def convert_nv_embed(source: str | Path, output: str | Path) -> Path:
         _write_modules(root, staged, settings, latent)
         seal(staged)
         _write_card(staged, settings)
-        if target.is_dir():
-            target.rmdir()
-        staged.rename(target)
     return target
 
 

@@ -317,19 +317,6 @@ def _batch_axis(hidden: Any, rows: int) -> int | None:
     return next((i for i in range(len(shape) - 2) if shape[i : i + 2] == (rows, PROBE_LENGTH)), None)
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The LLM's list of layers.
-
-    Raises:
-        ValueError: if the model has no list of as many modules as its config says it has layers.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ValueError(f"{model.config.model_type!r} has no list of {depth} layers, so it cannot be cut.")
-
-
 @contextmanager
 def attending(
     model: PreTrainedModel,

@@ -167,8 +167,8 @@ class LatentAttentionPooling(Module):
 
     def attend_to_latents(self, tokens: Tensor) -> Tensor:
         """The layer without its mean: ``(total, dim)`` tokens to ``(total, dim)``."""
-        attended = self._attend(tokens, self._project_latents(), folded=False)
-        return attended if self.mlp is None else attended + self.mlp_out(self._mlp_inner(attended))
+        attended, inner = self._steps_per_token(tokens, *self._project_latents(), folded=False)
+        return attended if inner is None else attended + self.mlp_out(inner)
 
     def _is_folding_cheaper(self, tokens: int) -> bool:
         """Multiply-adds of the folded form against the plain one's; the folding itself counts where it is not kept."""

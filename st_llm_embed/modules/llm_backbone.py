@@ -28,7 +28,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .attention_mode import attending, decoder_layers, set_attention_mode
+from .attention_mode import attending, set_attention_mode
 
 TEXT = "{text}"
 INSTRUCTION_MASKS = ("exact", "nv-embed")
@@ -147,7 +147,7 @@ class LLMBackbone(Transformer):
         text_kwargs = dict((processing_kwargs or {}).get("text", {}))
         if prefix or suffix:
             max_length = text_kwargs.get("max_length") or kwargs.get("max_length") or self.max_seq_length
-            instruction_length = len(self.tokenizer.tokenize(prefix)) if prefix else 0
+            instruction_length = len(self._tokenize_once(prefix)) if prefix else 0
             around = self.tokenizer.num_special_tokens_to_add() + instruction_length + len(suffix_ids)
             if max_length is not None and around >= max_length:
                 raise ValueError(
@@ -186,11 +186,14 @@ class LLMBackbone(Transformer):
         Raises:
             ValueError: if there are none.
         """
+        ids = self._tokenize_once(part)
+        if not ids:
+            raise ValueError(f"The prompt part {part!r} has no tokens. Give it some text.")
+        return ids
+
+    def _tokenize_once(self, part: str) -> list[int]:
         if part not in self._part_ids:
-            ids = self.tokenizer(part, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise ValueError(f"The prompt part {part!r} has no tokens. Give it some text.")
-            self._part_ids[part] = ids
+            self._part_ids[part] = self.tokenizer(part, add_special_tokens=False)["input_ids"]
         return self._part_ids[part]
 
     def _insert_prefix(self, features: dict[str, Any], prefix_ids: list[int]) -> None:
@@ -337,7 +340,20 @@ def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
     depth = config.num_hidden_layers
     if not 1 <= num_layers <= depth:
         raise ValueError(f"num_layers={num_layers} is outside 1..{depth}, the depth of {config.model_type!r}.")
-    del decoder_layers(model)[num_layers:]
+    del _decoder_layers(model)[num_layers:]
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The LLM's list of layers.
+
+    Raises:
+        ValueError: if the model has no list of as many modules as its config says it has layers.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(f"{model.config.model_type!r} has no list of {depth} layers, so it cannot be cut.")
