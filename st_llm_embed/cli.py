@@ -42,9 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     architectures.set_defaults(run=_architectures)
     convert = commands.add_parser(
         "convert",
-        help="make a published NV-Embed checkpoint load with sentence-transformers",
-        description="Read nvidia/NV-Embed-v1 or -v2 (a Hub id or a folder) without running its code, and write a "
-        "folder that sentence-transformers loads, fine-tunes and saves. The weights stay under CC-BY-NC-4.0.",
+        help="make a published NV-Embed or LLaRA checkpoint load with sentence-transformers",
+        description="Read nvidia/NV-Embed-v1 or -v2, or BAAI/LLARA-pretrain, -passage, -document or -beir (a Hub id "
+        "or a folder) without running its code, and write a folder that sentence-transformers loads, fine-tunes and "
+        "saves. The licence of the weights stays theirs (NV-Embed: CC-BY-NC-4.0).",
     )
     convert.add_argument("source", help="Hub id or folder of the checkpoint")
     convert.add_argument("output", help="folder to write; must not exist, or be empty")
@@ -90,10 +91,13 @@ def _architectures(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from st_llm_embed.convert import convert_nv_embed
+    from st_llm_embed.convert import convert_llara, convert_nv_embed
+    from st_llm_embed.convert.checkpoint import local_checkpoint, read_config
 
-    folder = convert_nv_embed(arguments.source, arguments.output)
-    print(f"Wrote {folder}. Its weights are licensed under CC-BY-NC-4.0: no commercial use.")
+    nv_embed = read_config(local_checkpoint(arguments.source)).get("model_type") == "nvembed"
+    folder = (convert_nv_embed if nv_embed else convert_llara)(arguments.source, arguments.output)
+    licence = " Its weights are licensed under CC-BY-NC-4.0: no commercial use." if nv_embed else ""
+    print(f"Wrote {folder}.{licence}")
     print(f'Load it with SentenceTransformer("{folder}", trust_remote_code=True).')
 
 

@@ -29,7 +29,7 @@ import transformers
 from datasets import Dataset
 from transformers import set_seed
 
-from st_llm_embed.data import consecutive_paragraphs, load_standard_library
+from st_llm_embed.data import consecutive_texts, load_standard_library
 from st_llm_embed.evaluation import bm25_scores, model_scores, retrieval_test
 from st_llm_embed.hub import demand_empty, demand_room, save_sealed, written_beside
 from st_llm_embed.losses import PretextLoss
@@ -125,7 +125,7 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
         queries, documents, relevant = library.evaluation()
         test = retrieval_test(queries, documents, relevant, "held-back modules")
         retrieval, packages = library.retrieval(settings.seed), library.classification(seed=settings.seed)
-        paragraphs = consecutive_paragraphs(library.pretext_documents())
+        paragraphs = consecutive_texts(library.pretext_documents())
     with _step("evaluate before training", seconds):
         results = {"BM25": bm25_scores(test), "before training": model_scores(test, model)}
     with _step("pretext: EBAE + EBAR", seconds), tempfile.TemporaryDirectory() as scratch:

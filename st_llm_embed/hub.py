@@ -35,7 +35,7 @@ STOCK = "sentence_transformers."
 STOCK_BACKBONE = "sentence_transformers.base.modules.transformer.Transformer"
 BACKBONE = "LLMBackbone"
 # Their effect is in config.json and tokenizer.json, or there is none without the backbone's code.
-BACKBONE_KEYS = ("attention", "window", "add_eos", "instruction_mask", "probe")
+BACKBONE_KEYS = ("attention", "window", "add_eos", "instruction_mask", "probe", "num_layers")
 REQUIREMENTS = {
     "sentence-transformers": {"specifier": ">=6.0", "reason": "the module interface that the saved files use"},
     "transformers": {"specifier": ">=5.2", "reason": "older versions ignore is_causal=false and attend causally"},

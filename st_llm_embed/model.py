@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, TaskType
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Transformer
@@ -61,7 +62,7 @@ RECIPES = {
     "llara-release": Recipe(
         PromptTokenPooling,
         {"attention": "causal", "add_eos": False, "num_tokens": 8},
-        None,
+        {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1},
         _llara_prompts(RELEASE_EBAE_PROMPT, RELEASE_EBAR_PROMPT),
         "similarity",
         RELEASE_TOKENS,
@@ -78,10 +79,10 @@ def build_model(
 
     Args:
         base: a Hub id, a local folder, or a ``.gguf`` file.
-        recipe: ``nv-embed``, ``llara``, ``llara-release`` (16 added tokens, whose embeddings are drawn around the mean
-            of the others), ``mean`` or ``last-token``.
-        lora: train the LLM by the recipe's LoRA (``nv-embed``: r 16, alpha 32; ``llara``: r 64, alpha 16; dropout 0.1
-            on every linear map of the layers). What the recipe adds trains in full either way.
+        recipe: ``nv-embed``, ``llara``, ``llara-release`` (16 added tokens, whose embeddings begin at the mean of the
+            others, plus noise of a tenth of their standard deviation), ``mean`` or ``last-token``.
+        lora: train the LLM by the recipe's LoRA (``nv-embed``: r 16, alpha 32; LLaRA's: r 64, alpha 16; dropout 0.1
+            on every linear map of the layers). What the recipe adds, tokens too, trains in full either way.
         **overrides: arguments of ``LLMBackbone`` (``attention``, ``num_layers``, ``max_seq_length``, ``model_kwargs``,
             ...) and of the recipe's pooling module (``num_latents``, ``head_dim``, ...).
 
@@ -109,8 +110,7 @@ def build_model(
         )
     arguments = {**chosen.defaults, **overrides}
     backbone = _load_backbone(base, {k: v for k, v in arguments.items() if k in backbone_names})
-    if chosen.added_tokens:
-        _add_tokens(backbone, chosen.added_tokens)
+    added_ids = _add_tokens(backbone, chosen.added_tokens)
     pooling = chosen.pooling(
         backbone.get_embedding_dimension(), **{k: v for k, v in arguments.items() if k in pooling_names}
     )
@@ -121,16 +121,26 @@ def build_model(
         similarity_fn_name="cosine",
     )
     if lora:
+        embeddings = backbone.model.get_input_embeddings()
+        name = next(name for name, module in backbone.model.named_modules() if module is embeddings)
+        trained_tokens = {"trainable_token_indices": {name: added_ids}} if added_ids else {}
         task = TaskType.FEATURE_EXTRACTION
-        model.add_adapter(LoraConfig(task_type=task, target_modules="all-linear", **chosen.lora))
+        model.add_adapter(LoraConfig(task_type=task, target_modules="all-linear", **trained_tokens, **chosen.lora))
     return model
 
 
-def _add_tokens(backbone: LLMBackbone, tokens: list[str]) -> None:
-    backbone.tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens], special_tokens=True)
+def _add_tokens(backbone: LLMBackbone, tokens: list[str]) -> list[int]:
+    """Give the LLM tokens of its own; those that it has already keep their embeddings. Gives all their ids."""
+    tokenizer, known = backbone.tokenizer, len(backbone.tokenizer)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in tokens], special_tokens=True)
     # An LLM may have more rows than its tokenizer has tokens.
-    if len(backbone.tokenizer) > backbone.model.get_input_embeddings().num_embeddings:
-        backbone.model.resize_token_embeddings(len(backbone.tokenizer))
+    if len(tokenizer) > backbone.model.get_input_embeddings().num_embeddings:
+        backbone.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    weight = backbone.model.get_input_embeddings().weight.detach()
+    std, mean = torch.std_mean(weight[:known].float(), dim=0)
+    noise = torch.randn(len(tokenizer) - known, len(mean), device=weight.device)
+    weight[known : len(tokenizer)] = (mean + 0.1 * std * noise).to(weight.dtype)
+    return tokenizer.convert_tokens_to_ids(tokens)
 
 
 def _argument_names(module: type[Module]) -> set[str]:

@@ -85,6 +85,12 @@ class Task:
                 prompts[column] = prompt
         return prompts
 
+    def column_sides(self, columns: Iterable[str]) -> dict[str, str]:
+        """Which columns are cut as queries and which as documents; a symmetric task's texts are neither."""
+        if self.symmetric:
+            return {}
+        return {column: "query" if column == "anchor" else "document" for column in columns}
+
 
 def before_text(instruction: str, model_prompt: str | None) -> str:
     """``instruction`` before the text, and what ``model_prompt`` has after it."""

@@ -39,7 +39,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
 
     Raises:
         ValueError: for data sets and tasks that do not match, misnamed columns, empty rows, or ``tasks`` together with
-            ``loss`` or ``args.prompts``.
+            ``loss``, ``args.prompts`` or ``args.router_mapping``.
     """
 
     training_args_class = LLMEmbedTrainingArguments
@@ -56,19 +56,25 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         **kwargs: Any,
     ) -> None:
         if tasks is not None:
-            if loss is not None or (args is not None and args.prompts):
-                raise ValueError("tasks= sets the losses and the prompts itself: leave out loss= and args.prompts.")
+            if loss is not None or (args is not None and (args.prompts or args.router_mapping)):
+                raise ValueError(
+                    "tasks= sets the losses, the prompts and the router mapping itself: leave out loss=, args.prompts "
+                    "and args.router_mapping."
+                )
             args = _own_copy(args)
             named = {task.name: task for task in tasks}
             model_prompts = model.prompts if model is not None else {}
             for dataset in (train_dataset, eval_dataset):
                 if dataset is not None:
                     _check_tasks(dataset, named)
-            args.prompts = {
-                name: named[name].column_prompts(rows.column_names, model_prompts)
+            columns = {
+                name: rows.column_names
                 for dataset in (train_dataset, eval_dataset)
                 for name, rows in (dataset or {}).items()
             }
+            args.prompts = {n: named[n].column_prompts(names, model_prompts) for n, names in columns.items()}
+            # With it, the backbone's query_length and document_length hold in training as in encode_query.
+            args.router_mapping = {n: named[n].column_sides(names) for n, names in columns.items()}
             loss = {
                 name: partial(
                     InstructionContrastiveLoss,

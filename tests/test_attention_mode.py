@@ -247,8 +247,10 @@ def test_structured_masks_that_make_no_sense_are_refused(tmp_path):
     seq = features["input_ids"].shape[1]
     for mask, message in (
         (torch.ones(1, seq, seq), "must be a boolean .* not torch.float32"),
-        (torch.ones(1, 1, seq, seq, dtype=torch.bool), "must be a boolean"),
-        (torch.ones(1, seq, seq + 1, dtype=torch.bool), "must be a boolean"),
+        (torch.ones(1, 1, seq, seq, dtype=torch.bool), "does not fit the batch"),
+        (torch.ones(1, seq, seq + 1, dtype=torch.bool), "does not fit the batch"),
+        (torch.ones(2, seq, seq, dtype=torch.bool), rf"with \(batch, seq\) = \(1, {seq}\)"),
+        (torch.ones(1, seq + 1, seq + 1, dtype=torch.bool), "does not fit the batch"),
         (torch.zeros(1, seq, seq, dtype=torch.bool), "lets token 0 of row 0 attend to nothing"),
     ):
         with pytest.raises(ValueError, match=message):

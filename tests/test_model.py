@@ -88,5 +88,5 @@ def test_a_recipes_lora_trains_seven_linears_and_what_the_recipe_adds(llm, recip
 
 
 def test_a_recipe_without_lora_says_so(llm):
-    with pytest.raises(ValueError, match="recipe='mean' names no LoRA; nv-embed, llara do"):
+    with pytest.raises(ValueError, match="recipe='mean' names no LoRA; nv-embed, llara, llara-release do"):
         build_model(llm, "mean", lora=True)

@@ -89,6 +89,30 @@ def test_the_parts_equal_the_formula(llm):
             torch.testing.assert_close(parts[name], torch.stack(terms).mean(), atol=1e-5, rtol=1e-5)
 
 
+def test_a_target_of_its_own_takes_the_place_of_the_text(llm):
+    """EBAE then predicts those words, and nothing else changes; rows of special tokens only do not count."""
+    model = build_model(llm, "llara").eval()
+    loss = PretextLoss(model)
+    special = model.tokenizer.bos_token + model.tokenizer.eos_token
+    target = ["cat mat", special, "moon"]
+    with torch.no_grad():
+        plain = loss(columns(model))
+        given = loss([*columns(model), model.preprocess(target)])
+        alone = loss([model.preprocess([text]) for text in (TEXT[0], "", "cat mat")])
+        last = loss([model.preprocess([text]) for text in (TEXT[2], "", "moon")])
+    torch.testing.assert_close(given["ebar"], plain["ebar"])
+    torch.testing.assert_close(given["ebae"], (alone["ebae"] + last["ebae"]) / 2, atol=1e-5, rtol=1e-5)
+    assert alone["ebar"] == 0
+
+
+def test_a_model_without_a_longest_text(llm):
+    model = build_model(llm, "llara").eval()
+    limited = PretextLoss(model)(columns(model))
+    loss = PretextLoss(model)
+    loss.max_seq_length = None
+    torch.testing.assert_close(loss(columns(model)), limited)
+
+
 def test_the_papers_form_sums_over_a_bag(llm):
     model = build_model(llm, "llara").eval()
     with torch.no_grad():
@@ -296,5 +320,10 @@ def test_refuses_models_prompts_and_columns_that_do_not_fit(llm):
         PretextLoss(build_model(llm, "mean"), form="release")
     with pytest.raises(ValueError, match=r"num_tokens=99 is outside 1\.\."):
         PretextLoss(model, num_tokens=99)
-    with pytest.raises(ValueError, match="takes the columns 'text' and 'next', got 1"):
+    with pytest.raises(ValueError, match="takes the columns 'text', 'next' and perhaps 'target', got 1"):
         PretextLoss(model)(columns(model)[:1])
+    with pytest.raises(ValueError, match="The prompt part '' has no tokens"):
+        PretextLoss(model, next_prompt="{text}")
+    model.max_seq_length = 4
+    with pytest.raises(ValueError, match=r"leaves no room for text within max_seq_length=4. Raise max_seq_length"):
+        PretextLoss(model)

@@ -7,8 +7,13 @@ import copy
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from transformers import TrainerCallback
 
 from st_llm_embed import (
     InstructionContrastiveLoss,
@@ -18,6 +23,7 @@ from st_llm_embed import (
     Task,
     build_model,
 )
+from st_llm_embed.data import consecutive_texts, sentences
 from st_llm_embed.tasks import encoding_prompts
 
 DOCS = Task("docs", "Given a question, retrieve passages that answer it")
@@ -162,6 +168,129 @@ def test_the_release_variant_trains_with_its_prefix_and_logs_three_parts(llm, tm
     assert (after - before).abs().amax(dim=1).min() > 0  # every added token learns
 
 
+PRETEXT = {"text": [f"the cat sat on {n} mats" for n in range(24)], "next": ["dogs bark", "", "one", "fox"] * 6}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"lora": True},
+        pytest.param(
+            {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=["full", "lora", "bf16, checkpointing, accumulation"],
+)
+def test_pretext_resumes_as_if_never_interrupted(llm, tmp_path, how):
+    """Losses and weights after a stop in the middle and a resumption, with evaluation and its parts on the way."""
+    arguments_of_training = {k: v for k, v in how.items() if k != "lora"}
+
+    def trainer(folder, **kwargs) -> LLMEmbedTrainer:
+        torch.manual_seed(0)
+        model = build_model(llm, "llara-release", lora="lora" in how)
+        loss = PretextLoss(model, model.prompts["document"], model.prompts["query"], num_tokens=8, form="release")
+        schedule = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "eval_strategy": "epoch"}
+        args = arguments(folder, **schedule, **arguments_of_training, **kwargs)
+        data = Dataset.from_dict(PRETEXT)
+        return LLMEmbedTrainer(model, args, data, data.select(range(6)), loss=loss)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    stopped = trainer(tmp_path / "stopped")
+    stopped.add_callback(StopAfter(2))
+    stopped.train()
+    assert stopped.state.global_step == 2
+    resumed = trainer(tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint=True)
+    names = ("loss", "ebae", "ebar", "ar")
+    losses = [
+        [[row[name] for name in names] for row in run.state.log_history if "loss" in row] for run in (whole, resumed)
+    ]
+    assert len(losses[0]) == 4 and losses[1] == losses[0]
+    before, after = parameters(whole.model), parameters(resumed.model)
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, atol=1e-6, rtol=0)
+    evaluated = resumed.evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], abs=1e-5)
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run whose schedule is longer."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_lora_trains_added_tokens_as_full_training_would(llm, tmp_path):
+    """Their gradients, as input and as rows of the tied LM head, are those of the whole embedding matrix."""
+    gradients = {}
+    for lora in (False, True):
+        torch.manual_seed(0)
+        model = build_model(llm, "llara-release", lora=lora)
+        loss = PretextLoss(model, model.prompts["document"], model.prompts["query"], num_tokens=8, form="release")
+        added = model.tokenizer.convert_tokens_to_ids([f"<s{i}>" for i in range(1, 17)])
+        model.eval()
+        features = [model.preprocess(PRETEXT["text"][:3], prompt='"{text}'), model.preprocess(PRETEXT["next"][:3])]
+        sum(loss(features).values()).backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if lora:
+            name = next(name for name in trained if "trainable_tokens" in name)
+            assert all("lora_" in other for other in trained if other != name)
+            gradients[lora] = trained[name].grad
+        else:
+            gradients[lora] = model[0].model.get_input_embeddings().weight.grad[added]
+    assert gradients[True].abs().sum(dim=1).min() > 0
+    torch.testing.assert_close(gradients[True], gradients[False], atol=1e-6, rtol=1e-4)
+
+
+def test_an_adapter_with_added_tokens_comes_back_alone(llm, tmp_path):
+    """Without the base's weights in its folder: the base gets room for the tokens before their embeddings arrive."""
+    model = build_model(llm, "llara-release", lora=True, num_layers=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    texts = ["the cat sat", ""]
+    expected = model.encode_query(texts)
+    for generation in ("first", "second"):
+        model.save_pretrained(str(tmp_path / generation))
+        assert not (tmp_path / generation / "model.safetensors").exists()
+        model = SentenceTransformer(str(tmp_path / generation), trust_remote_code=True)
+        assert model[0].config.num_hidden_layers == 1
+        assert model.encode_query(texts) == pytest.approx(expected, abs=1e-6)
+
+
+def test_repllamas_fine_tuning(llm, tmp_path):
+    """LoRA, one positive and fifteen negatives, temperature 0.01, each side cut at a length of its own."""
+    model = build_model(llm, "llara", lora=True, query_length=64, document_length=96)
+    data = rows(15).map(lambda row: {column: text + " and dogs" * 60 for column, text in row.items()})
+    args = arguments(tmp_path, temperature=0.01, learning_rate=3e-4)
+    trainer = LLMEmbedTrainer(model, args, {"docs": data}, tasks=[DOCS])
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["anchor_input_ids"].shape[1] == 64 and batch["negative_15_input_ids"].shape[1] == 96
+    queries = model.preprocess(data["anchor"], prompt=model.prompts["query"], task="query")["input_ids"].tolist()
+    suffix = model[0].tokenize_part(" The next sentence:") + [model.tokenizer.eos_token_id]
+    for row in batch["anchor_input_ids"].tolist():
+        assert row in queries and row[-len(suffix) :] == suffix  # as encode_query has it
+    before = parameters(model)
+    trainer.train()
+    learned = moved(model, before)
+    assert learned and all("lora_" in name for name in learned)
+
+
+def test_pretext_rows_may_stream(llm, tmp_path):
+    model = build_model(llm, "llara")
+    documents = Dataset.from_dict({"text": ["the cat sat. Dogs bark. A fox. Even cats."] * 3})
+    stream = consecutive_texts(documents.to_iterable_dataset(), sentences, stop_words={"the"})
+    trainer = LLMEmbedTrainer(model, arguments(tmp_path), stream, loss=PretextLoss(model))
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.state.log_history[0]["ebae"] > 0
+
+
 def test_the_best_checkpoint_comes_back(llm, tmp_path):
     """The host matches a checkpoint's classes by dotted name; a rewritten reference would silently keep the last."""
     model = build_model(llm)
@@ -215,13 +344,13 @@ def test_bad_arguments_are_refused(llm, tmp_path):
         LLMEmbedTrainer(model, args, rows(), tasks=[DOCS])
     with pytest.raises(ValueError, match=r"\['other'\] have no task. Tasks: \['docs'\]"):
         LLMEmbedTrainer(model, args, {"other": rows()}, tasks=[DOCS])
-    with pytest.raises(ValueError, match="leave out loss= and args.prompts"):
+    with pytest.raises(ValueError, match="leave out loss=, args.prompts and args.router_mapping"):
         LLMEmbedTrainer(model, args, {"docs": rows()}, loss=PretextLoss(model), tasks=[DOCS])
     with pytest.raises(ValueError, match=r"stage=3 is unknown. Valid stages: 1"):
         arguments(tmp_path, stage=3)
     with pytest.raises(ValueError, match="temperature=0 must be positive"):
         arguments(tmp_path, temperature=0)
-    with pytest.raises(ValueError, match="PretextLoss reads 'text' and 'next'"):
+    with pytest.raises(ValueError, match="PretextLoss reads 'text', 'next' and perhaps 'target'"):
         LLMEmbedTrainer(model, args, bad(sentence=["a"]), loss=PretextLoss(model))
     stream = IterableDataset.from_generator(
         lambda: iter([{"text": 1, "next": "b"}]), features=bad(text=[1], next=["b"]).features

@@ -31,7 +31,9 @@ def memory(loss: PretextLoss, tokens: int = 2048) -> tuple[float, float]:
             if form == "here":
                 value = loss._autoregressive_loss(hidden, texts, [1])
             else:
-                value = F.cross_entropy(loss._project(hidden[0, :-1]).float(), torch.tensor(texts[0][1:]))
+                value = F.cross_entropy(
+                    F.linear(hidden[0, :-1], *loss._vocabulary_projection()).float(), torch.tensor(texts[0][1:])
+                )
             value.backward()
         values.append((value.detach(), hidden.grad.clone()))
         peaks.append(peak.peak / 1e6)

@@ -11,24 +11,32 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, snapshot_download
-from safetensors import safe_open
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
+from torch import Size, Tensor
 from transformers import AutoModel, MistralConfig, PreTrainedTokenizerFast
 
+from st_llm_embed.convert.checkpoint import (
+    check_tensors,
+    copy_shards,
+    find_shards,
+    local_checkpoint,
+    meta_shapes,
+    read_config,
+    write_json,
+    write_modules,
+)
 from st_llm_embed.hub import demand_empty, seal, written_beside
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone
 
 LICENSE = "cc-by-nc-4.0"
 QUERY_PROMPT = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
-FILES = ["*.json", "*.safetensors", "tokenizer.model", "1_Pooling/*.json"]  # no *.py, no *.bin
 BACKBONE, LATENT = "embedding_model.", "latent_attention_model."
 LATENT_NAMES = {
     "cross_attend_blocks.0.fn.": "",
@@ -70,16 +78,17 @@ def convert_nv_embed(source: str | Path, output: str | Path) -> Path:
     Raises:
         FileExistsError: if ``output`` holds something.
         FileNotFoundError: if files of the checkpoint are missing, as after half a download.
-        ValueError: if it is not an NV-Embed checkpoint in safetensors format, or a tensor is unknown, missing, or of
+        ValueError: if it is not an NV-Embed checkpoint, or a tensor is unknown, missing, or of
             another shape than the configuration says.
     """
     target = Path(output).resolve()
     demand_empty(target)
-    root = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source), allow_patterns=FILES))
-    settings = _read_settings(root)
-    shards = _shards(root)
+    root = local_checkpoint(source)
+    settings = read_config(root)
+    _demand_nv_embed(root, settings)
+    shards = find_shards(root)
     text_config, latent = _llm_config(settings), _latent_arguments(settings)
-    _check_tensors(shards, text_config, latent)
+    check_tensors(shards, _expected_tensors(text_config, latent), _new_name)
     with written_beside(target) as staged:
         staged.mkdir()
         text_config.dtype = _copy_tensors(shards, staged, staged / "1_LatentAttentionPooling")
@@ -104,37 +113,12 @@ def load_nv_embed(source: str | Path, **kwargs: Any) -> SentenceTransformer:
         return SentenceTransformer(str(converted), trust_remote_code=True, **kwargs)
 
 
-def _read_settings(root: Path) -> dict[str, Any]:
-    file = root / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{root} has no config.json. Download the whole repository.")
-    settings = json.loads(file.read_text(encoding="utf-8"))
+def _demand_nv_embed(root: Path, settings: dict[str, Any]) -> None:
     if settings.get("model_type") != "nvembed":
         raise ValueError(
             f"{root} holds a {settings.get('model_type')!r} model. Convertible are those of model_type 'nvembed' "
             "(nvidia/NV-Embed-v1 and -v2); use build_model for an ordinary LLM."
         )
-    return settings
-
-
-def _shards(root: Path) -> list[Path]:
-    index = root / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if escaping := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"{index} names files outside its folder: {escaping}.")
-    elif (root / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    else:
-        found = sorted(file.name for file in root.glob("*.bin"))
-        raise ValueError(
-            f"{root} has no model.safetensors"
-            + (f", only {found}, which may run code when read" if found else "")
-            + ". Download the safetensors files."
-        )
-    if missing := [name for name in names if not (root / name).is_file()]:
-        raise FileNotFoundError(f"{root} lacks {missing}. Finish the download.")
-    return [root / name for name in names]
 
 
 def _llm_config(settings: dict[str, Any]) -> MistralConfig:
@@ -176,58 +160,29 @@ def _new_name(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _check_tensors(shards: list[Path], config: MistralConfig, latent: dict[str, Any]) -> None:
-    """Names and shapes against those of the modules that will load them."""
+def _expected_tensors(config: MistralConfig, latent: dict[str, Any]) -> dict[tuple[str, str], Size]:
     with torch.device("meta"):
-        expected = {(BACKBONE, k): v.shape for k, v in AutoModel.from_config(config).state_dict().items()}
-        expected |= {(LATENT, k): v.shape for k, v in LatentAttentionPooling(**latent).state_dict().items()}
-    unknown, found, wrong = [], set(), []
-    for name, shape in _names_and_shapes(shards):
-        new = _new_name(name)
-        if new not in expected:
-            unknown.append(name)
-            continue
-        found.add(new)
-        if tuple(expected[new]) != tuple(shape):
-            wrong.append(f"{name} is {tuple(shape)}, not {tuple(expected[new])}")
-    missing = ["".join(new) for new in expected if new not in found]
-    problems = [
-        f"{what}: {', '.join(sorted(names))}"
-        for what, names in (("unknown tensors", unknown), ("missing tensors", missing), ("wrong shapes", wrong))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"{shards[0].parent} does not fit its config.json. " + "; ".join(problems) + ".")
-
-
-def _names_and_shapes(shards: list[Path]) -> Iterator[tuple[str, list[int]]]:
-    for shard in shards:
-        with safe_open(shard, framework="pt") as tensors:
-            for name in tensors.keys():
-                yield name, tensors.get_slice(name).get_shape()
+        llm, pooling = AutoModel.from_config(config), LatentAttentionPooling(**latent)
+    return {(BACKBONE, name): shape for name, shape in meta_shapes(llm).items()} | {
+        (LATENT, name): shape for name, shape in meta_shapes(pooling).items()
+    }
 
 
 def _copy_tensors(shards: list[Path], backbone: Path, pooling: Path) -> str:
-    """One shard of the LLM for each of the source's, and the latent layer in a file of its own; give the dtype."""
+    """The LLM shard by shard, and the latent layer in a file of its own; give the dtype."""
+    latent: dict[str, Tensor] = {}
+    dtypes: set[torch.dtype] = set()
+
+    def llm_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        named = {_new_name(name): tensor for name, tensor in tensors.items()}
+        latent.update({name: tensor for (part, name), tensor in named.items() if part == LATENT})
+        dtypes.update(tensor.dtype for tensor in tensors.values())
+        return {name: tensor for (part, name), tensor in named.items() if part == BACKBONE}
+
+    copy_shards(shards, backbone, llm_only)
     pooling.mkdir()
-    latent, weight_map, size = {}, {}, 0
-    for number, shard in enumerate(shards, 1):
-        part = {}
-        with safe_open(shard, framework="pt") as tensors:
-            for name in tensors.keys():
-                where, new = _new_name(name)
-                (part if where == BACKBONE else latent)[new] = tensors.get_tensor(name)
-        if part:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            save_file(part, backbone / file, {"format": "pt"})
-            weight_map |= dict.fromkeys(part, file)
-            size += sum(tensor.nbytes for tensor in part.values())
-            dtype = str(next(iter(part.values())).dtype).removeprefix("torch.")
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (backbone / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     save_file(latent, pooling / "model.safetensors", {"format": "pt"})
-    return dtype
+    return str(dtypes.pop()).removeprefix("torch.")
 
 
 def _save_tokenizer(root: Path, settings: dict[str, Any], folder: Path) -> None:
@@ -242,30 +197,19 @@ def _save_tokenizer(root: Path, settings: dict[str, Any], folder: Path) -> None:
 def _write_modules(root: Path, folder: Path, settings: dict[str, Any], latent: dict[str, Any]) -> None:
     source = root / "sentence_bert_config.json"
     longest = json.loads(source.read_text(encoding="utf-8"))["max_seq_length"] if source.is_file() else None
-    types = {"": LLMBackbone, "1_LatentAttentionPooling": LatentAttentionPooling, "2_Normalize": Normalize}
-    contents: dict[str, Any] = {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"{module.__module__}.{module.__qualname__}"}
-            for i, (path, module) in enumerate(types.items())
-        ],
-        "sentence_bert_config.json": {
+    write_modules(
+        folder,
+        {"": LLMBackbone, "1_LatentAttentionPooling": LatentAttentionPooling, "2_Normalize": Normalize},
+        {
             "max_seq_length": longest or settings["text_config"]["max_position_embeddings"],
             "attention": "bidirectional",
             "window": "full",
             "add_eos": "nv-embed" if settings.get("add_eos", True) else False,
             "instruction_mask": "nv-embed",
         },
-        "config_sentence_transformers.json": {
-            "model_type": "SentenceTransformer",
-            "prompts": {"query": QUERY_PROMPT, "document": ""},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
-        "1_LatentAttentionPooling/config.json": latent,
-    }
-    (folder / "2_Normalize").mkdir()
-    for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        {"prompts": {"query": QUERY_PROMPT, "document": ""}, "default_prompt_name": None},
+    )
+    write_json(folder / "1_LatentAttentionPooling" / "config.json", latent)
 
 
 def _write_card(folder: Path, settings: dict[str, Any]) -> None:

@@ -27,18 +27,18 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str) -> 
 
 
 def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Demand ``text, next``: text, of which ``next`` may be empty.
+    """Demand ``text, next`` and perhaps ``target``: text, of which ``next`` and ``target`` may be empty.
 
     Raises:
         ValueError: naming the data set, the column and the row, and the fix.
     """
     columns = list(dataset.column_names or [])
-    if columns != ["text", "next"]:
+    if columns not in (["text", "next"], ["text", "next", "target"]):
         raise ValueError(
-            f"Data set {name!r} has the columns {columns}. PretextLoss reads 'text' and 'next', in this order. Fix: "
-            "st_llm_embed.data.consecutive_paragraphs(documents) makes them from raw documents."
+            f"Data set {name!r} has the columns {columns}. PretextLoss reads 'text', 'next' and perhaps 'target', in "
+            "this order. Fix: st_llm_embed.data.consecutive_texts(documents) makes them from raw documents."
         )
-    _check_text(dataset, name, columns, may_be_empty=("next",))
+    _check_text(dataset, name, columns, may_be_empty=("next", "target"))
 
 
 def _check_text(

@@ -41,7 +41,7 @@ class JointPrompts:
 
 
 class PretextLoss(nn.Module):
-    """EBAE + EBAR over the columns ``text`` and ``next``.
+    """EBAE + EBAR over the columns ``text``, ``next`` and perhaps ``target``.
 
     Works on any model whose first module is an ``LLMBackbone``, in the backbone's own attention mode.
 
@@ -54,19 +54,22 @@ class PretextLoss(nn.Module):
         num_tokens: how many last tokens of each prompt carry the embedding. Where several do, the vocabulary logits
             are their element-wise maximum, as in the released code.
         lm_head: the vocabulary projection, a Linear from the hidden width to the vocabulary. Default: the LLM's input
-            embeddings, where its config ties them to the LM head.
+            embeddings, where its config ties them to the LM head; added tokens that LoRA trains are in them.
         form: ``"mean"`` averages over the tokens of a bag, so that parts read as nats per word; ``"paper"`` sums over
             them; ``"release"`` does what the released code does: the average, divided by 10, halved where both terms
             have targets, beside an autoregressive loss on the text (``ar``).
 
     Inputs:
-        +-------------+--------+
-        | Columns     | Labels |
-        +=============+========+
-        | text, next  | none   |
-        +-------------+--------+
+        +---------------------+--------+
+        | Columns             | Labels |
+        +=====================+========+
+        | text, next          | none   |
+        +---------------------+--------+
+        | text, next, target  | none   |
+        +---------------------+--------+
 
-        ``next`` may be empty: such rows count in EBAE only.
+        EBAE predicts ``target``, or ``text`` where there is none; EBAR predicts ``next``. A row counts in the terms
+        whose target has a token that is not special: with an empty ``next``, in EBAE only.
 
     Returns:
         ``{"ebae": ..., "ebar": ...}`` and perhaps ``"ar"``, which the trainer adds up and logs by name.
@@ -126,19 +129,24 @@ class PretextLoss(nn.Module):
         for prompt, ids in ((self_prompt, self.self_ids), (next_prompt, self.next_ids)):
             if not 1 <= num_tokens <= len(ids):
                 raise ValueError(f"num_tokens={num_tokens} is outside 1..{len(ids)}, the length of {prompt!r}.")
+            if self.max_seq_length is not None and len(ids) >= self.max_seq_length:
+                raise ValueError(
+                    f"{prompt!r} takes {len(ids)} tokens, which leaves no room for text within "
+                    f"max_seq_length={self.max_seq_length}. Raise max_seq_length or shorten the prompt."
+                )
         # In a tuple, so that the weights are not registered twice.
-        self._tied_embeddings = (backbone.model.get_input_embeddings(),)
+        self._llm = (backbone.model,)
 
     def forward(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         columns = list(sentence_features)
-        if len(columns) != 2:
+        if len(columns) not in (2, 3):
             raise ValueError(
-                f"PretextLoss takes the columns 'text' and 'next', got {len(columns)} columns. See "
-                "st_llm_embed.data.consecutive_paragraphs."
+                f"PretextLoss takes the columns 'text', 'next' and perhaps 'target', got {len(columns)} columns. See "
+                "st_llm_embed.data.consecutive_texts."
             )
-        text_ids, next_ids = (_token_rows(features) for features in columns)
+        text_ids, next_ids, *target_ids = (_token_rows(features) for features in columns)
         starts = self._text_starts(columns[0])
         joint = self.join_prompts(text_ids, columns[0]["input_ids"].device)
         # Through the whole model, not its backbone alone: a DDP wrapper synchronises gradients in its forward only.
@@ -146,7 +154,7 @@ class PretextLoss(nn.Module):
         rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(1)
         parts = self.compute_loss_from_embeddings(
             [hidden[rows, joint.self_positions], hidden[rows, joint.next_positions]],
-            [[ids[start:] for ids, start in zip(text_ids, starts, strict=True)], next_ids],
+            [target_ids[0] if target_ids else _after(starts, text_ids), next_ids],
         )
         if self.form == "release":
             parts["ar"] = self._autoregressive_loss(hidden, joint.texts, starts)
@@ -176,9 +184,7 @@ class PretextLoss(nn.Module):
         rows, columns = torch.tensor(places, device=hidden.device).T
         states = hidden[rows, columns - 1]  # (tokens, dim)
         targets = torch.tensor([texts[row][column] for row, column in places], device=hidden.device)
-        head = self.lm_head
-        weight, bias = (self._tied_embeddings[0].weight, None) if head is None else (head.weight, head.bias)
-        return _ChunkedCrossEntropy.apply(states, weight, bias, targets) / len(places)
+        return _ChunkedCrossEntropy.apply(states, *self._vocabulary_projection(), targets) / len(places)
 
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], targets: list[list[list[int]]]
@@ -194,16 +200,17 @@ class PretextLoss(nn.Module):
         for name, states, rows in zip(("ebae", "ebar"), embeddings, targets, strict=True):
             bags = [sorted(set(row) - special) for row in rows]
             with_targets += any(bags)
-            logits = self._project(states).amax(dim=1)  # (batch, vocabulary)
+            logits = F.linear(states, *self._vocabulary_projection()).amax(dim=1)  # (batch, vocabulary)
             parts[name] = bag_of_words_loss(logits, bags, "sum" if self.form == "paper" else "mean")
         if self.form == "release":
             parts = {name: part / (10 * max(with_targets, 1)) for name, part in parts.items()}
         return parts
 
-    def _project(self, states: Tensor) -> Tensor:
+    def _vocabulary_projection(self) -> tuple[Tensor, Tensor | None]:
+        """Weight ``(vocabulary, dim)`` and bias."""
         if self.lm_head is not None:
-            return self.lm_head(states)
-        return F.linear(states, self._tied_embeddings[0].weight)
+            return self.lm_head.weight, self.lm_head.bias
+        return self._llm[0].get_input_embeddings().weight, None  # asked anew: an adapter may have come in between
 
     def join_prompts(self, text_ids: list[list[int]], device: torch.device) -> JointPrompts:
         """Build ``text SELF NEXT`` for a batch, padded on the right.
@@ -212,8 +219,10 @@ class PretextLoss(nn.Module):
             text_ids: each row's tokens as the backbone's ``preprocess`` gives them, without padding.
             device: where to put the tensors.
         """
-        room = self.max_seq_length - max(len(self.self_ids), len(self.next_ids))
-        texts = [(row[:-1] if self.add_eos else row)[:room] for row in text_ids]
+        longest_suffix = max(len(self.self_ids), len(self.next_ids))
+        room = None if self.max_seq_length is None else self.max_seq_length - longest_suffix
+        eos = self.tokenizer.eos_token_id
+        texts = [(row[:-1] if self.add_eos and row[-1] == eos else row)[:room] for row in text_ids]
         tail = len(self.self_ids) + len(self.next_ids)
         seq = max(map(len, texts)) + tail
         pad = self.tokenizer.pad_token_id
@@ -322,6 +331,10 @@ def bag_of_words_loss(logits: Tensor, bags: list[list[int]], reduction: str = "m
     log_probabilities = logits.float().log_softmax(dim=-1)
     losses = [getattr(-log_probabilities[row, bag], reduction)() for row, bag in enumerate(bags) if bag]
     return torch.stack(losses).mean() if losses else logits.sum() * 0.0
+
+
+def _after(starts: Sequence[int], rows: Sequence[list[int]]) -> list[list[int]]:
+    return [row[start:] for start, row in zip(starts, rows, strict=True)]
 
 
 def _token_rows(features: dict[str, Tensor]) -> list[list[int]]:

@@ -22,11 +22,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from sentence_transformers.base.modules import Transformer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention_mode import attending, set_attention_mode
 
@@ -52,8 +53,7 @@ class LLMBackbone(Transformer):
             kept out where padding is on the left).
         probe: prove at each construction and loading that every layer attends as asked. It costs milliseconds; False
             believes the saved config.
-        num_layers: keep only the first ``num_layers`` layers and the final norm. Not a saved key: the saved
-            ``config.json`` holds the new depth.
+        num_layers: keep only the first ``num_layers`` layers and the final norm.
         **kwargs: the arguments of ``sentence_transformers.base.modules.Transformer``.
 
     Raises:
@@ -61,7 +61,15 @@ class LLMBackbone(Transformer):
             without EOS or without character offsets, or ``num_layers`` outside 1..depth.
     """
 
-    config_keys = [*Transformer.config_keys, "attention", "window", "add_eos", "instruction_mask", "probe"]
+    config_keys = [
+        *Transformer.config_keys,
+        "attention",
+        "window",
+        "add_eos",
+        "instruction_mask",
+        "probe",
+        "num_layers",
+    ]
 
     def __init__(
         self,
@@ -90,12 +98,37 @@ class LLMBackbone(Transformer):
         self.add_eos = add_eos
         self.instruction_mask = instruction_mask
         self.probe = probe
+        self.num_layers = num_layers
         self._part_ids: dict[str, list[int]] = {}
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         if num_layers is not None:
             keep_first_layers(self.model, num_layers)
         set_attention_mode(self.model, attention, self.window, probe)
         self._set_special_tokens()
+
+    def _load_model(
+        self,
+        model_name_or_path: str,
+        transformer_task: str,
+        config: PretrainedConfig,
+        backend: str,
+        is_peft_model: bool,
+        **model_kwargs: Any,
+    ) -> PreTrainedModel:
+        """Load the LLM. Where an adapter trains tokens that were added, its base model gets room for them first."""
+        rows_needed = 0
+        if is_peft_model:
+            adapter = PeftConfig.from_pretrained(model_name_or_path)
+            rows_needed = 1 + max(_trained_tokens(adapter), default=-1)
+        if rows_needed <= config.get_text_config().vocab_size:
+            return super()._load_model(
+                model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs
+            )
+        base = adapter.base_model_name_or_path
+        model = super()._load_model(base, transformer_task, config, backend, is_peft_model, **model_kwargs)
+        model.resize_token_embeddings(rows_needed, mean_resizing=False)  # the adapter brings their values
+        model.load_adapter(model_name_or_path, peft_config=adapter)
+        return model
 
     def _set_special_tokens(self) -> None:
         """Pad with something, and append EOS by the tokenizer itself, so that stock modules reload it too."""
@@ -146,7 +179,8 @@ class LLMBackbone(Transformer):
         joined = "" if prefix_ids else prefix
         text_kwargs = dict((processing_kwargs or {}).get("text", {}))
         if prefix or suffix:
-            max_length = text_kwargs.get("max_length") or kwargs.get("max_length") or self.max_seq_length
+            by_task = {"query": self.query_length, "document": self.document_length}.get(kwargs.get("task"))
+            max_length = text_kwargs.get("max_length") or kwargs.get("max_length") or by_task or self.max_seq_length
             instruction_length = len(self._tokenize_once(prefix)) if prefix else 0
             around = self.tokenizer.num_special_tokens_to_add() + instruction_length + len(suffix_ids)
             if max_length is not None and around >= max_length:
@@ -230,6 +264,11 @@ class LLMBackbone(Transformer):
         inputs = {key: value for key, value in features.items() if key not in own}
         attention_mask = features["attention_mask"]
         structured_mask, position_ids = features.get("structured_mask"), features.get("position_ids")
+        if structured_mask is not None and structured_mask.shape != (*attention_mask.shape, attention_mask.shape[1]):
+            raise ValueError(
+                f"structured_mask {tuple(structured_mask.shape)} does not fit the batch: it must be (batch, seq, seq) "
+                f"with (batch, seq) = {tuple(attention_mask.shape)}."
+            )
         if position_ids is not None:
             self._check_position_ids(position_ids, attention_mask)
         elif self._takes_position_ids and (self.can_flatten_inputs or self.tokenizer.padding_side == "left"):
@@ -262,6 +301,11 @@ class LLMBackbone(Transformer):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("Transformer", type(self).__name__, 1)
+
+
+def _trained_tokens(adapter: PeftConfig) -> list[int]:
+    indices = getattr(adapter, "trainable_token_indices", None) or []
+    return [index for row in indices.values() for index in row] if isinstance(indices, dict) else indices
 
 
 def _append_eos(tokenizer: PreTrainedTokenizerBase) -> None:

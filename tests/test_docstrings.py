@@ -1,18 +1,8 @@
-"""Raw text to columns: nothing crosses a document, nothing held back is trained on."""
+"""The installed Python's documentation as data: nothing held back is trained on."""
 
 from __future__ import annotations
 
-import pytest
-
-from st_llm_embed.data import consecutive_paragraphs, load_standard_library
-
-
-def test_paragraphs_follow_each_other_inside_a_document():
-    documents = ["one\n\ntwo\nlines\n  \n\nthree", "alone", "one\n\ntwo lines", ""]
-    rows = consecutive_paragraphs(documents)
-    assert rows.to_dict() == {"text": ["one", "two lines"], "next": ["two lines", "three"]}
-    with pytest.raises(ValueError, match="No document has two paragraphs"):
-        consecutive_paragraphs(["alone", ""])
+from st_llm_embed.data import load_standard_library
 
 
 def test_the_standard_library_is_split_by_module():
@@ -22,12 +12,6 @@ def test_the_standard_library_is_split_by_module():
     assert held_back.isdisjoint(entry.module for entry in library.train)
     trained_on = {entry.document for entry in library.train}
     assert trained_on.isdisjoint(entry.document for entry in library.test)
-    argparse = (
-        {e.name: e for e in [*library.train, *library.test]}["argparse.ArgumentParser.parse_known_args"]
-        if False
-        else None
-    )
-    assert argparse is None
     entry = next(e for e in [*library.train, *library.test] if e.name == "shutil.copyfile")
     assert entry.summary == "Copy data from src to dst in the most efficient way possible."
     assert entry.package == entry.module == "shutil"

@@ -1,0 +1,125 @@
+"""Raw documents to LLaRA's pretext rows (arXiv 2312.15503): each text and the one that follows it in its document.
+
+Columns ``text, next``, or ``text, next, target`` where stop words are left out of what the embeddings must predict.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import groupby
+
+from datasets import Dataset, Features, IterableDataset, Value
+
+from st_llm_embed.data.splitting import cut, paragraphs
+
+WORD = re.compile(r"\w+(?:['’\-.]\w+)*")
+
+
+def consecutive_texts(
+    documents: Dataset | IterableDataset | Iterable[str | Sequence[str]],
+    split: Callable[[str], Sequence[str]] = paragraphs,
+    *,
+    document_column: str | None = None,
+    max_characters: int | None = None,
+    stop_words: Collection[str] | None = None,
+    counts: Counter[str] | None = None,
+) -> Dataset | IterableDataset:
+    """Split documents into texts, and pair each with the next one of its document.
+
+    Args:
+        documents: a data set with a column ``text``, or documents one by one, each a string or a sequence of strings
+            in order. An ``IterableDataset`` is read as it streams and gives one; all else is held in memory.
+        split: ``paragraphs`` (at blank lines), ``sentences``, ``windows(characters)``, or a function of your own from
+            a string to its texts in order.
+        document_column: the column that names each row's document, where a data set's rows are the texts of documents
+            in order. Rows of one document follow each other.
+        max_characters: cut texts to this length, at white space.
+        stop_words: words, in lower case, that the embeddings need not predict, such as
+            ``sklearn.feature_extraction.text.ENGLISH_STOP_WORDS``. They and all punctuation are left out of ``next``
+            and of ``target``, a third column with the other words of ``text``.
+        counts: gains the number of ``documents``, those with a single text (``without next``), ``empty`` ones,
+            ``rows``, and ``duplicates``: rows whose ``text`` and ``next`` came before, of which the first is kept. On
+            a stream it grows as the rows pass, in the process that reads them.
+
+    Raises:
+        ValueError: for a data set without the columns, or if no document has two texts.
+    """
+    counts = Counter() if counts is None else counts
+    if isinstance(documents, (Dataset, IterableDataset)):
+        _check_columns(documents, document_column)
+    columns = ["text", "next"] if stop_words is None else ["text", "next", "target"]
+    arguments = {
+        "documents": documents,
+        "split": split,
+        "document_column": document_column,
+        "max_characters": max_characters,
+        "stop_words": stop_words if stop_words is None else frozenset(stop_words),
+        "counts": counts,
+    }
+    features = Features({column: Value("string") for column in columns})
+    if isinstance(documents, IterableDataset):
+        return IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
+    rows = list(_rows(**arguments))
+    if not rows:
+        raise ValueError(
+            f"No text has a next one: of {counts['documents']} documents, {counts['empty']} are empty and "
+            f"{counts['without next']} have one text only. Split more finely: split=sentences, or windows(500)."
+        )
+    return Dataset.from_list(rows, features=features)
+
+
+def _check_columns(documents: Dataset | IterableDataset, document_column: str | None) -> None:
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if missing := [name for name in ("text", document_column) if name and name not in columns]:
+        raise ValueError(
+            f"The documents have the columns {columns} and lack {missing}. Rename yours: "
+            f"documents.rename_column('...', {missing[0]!r})."
+        )
+
+
+def _rows(
+    documents: Iterable[str | Sequence[str] | dict[str, str]],
+    split: Callable[[str], Sequence[str]],
+    document_column: str | None,
+    max_characters: int | None,
+    stop_words: frozenset[str] | None,
+    counts: Counter[str],
+) -> Iterator[dict[str, str]]:
+    seen = set()  # hashes, not texts
+    for document in _documents(documents, document_column):
+        parts = [document] if isinstance(document, str) else document
+        texts = [text for part in parts for text in split(part)]
+        counts["documents"] += 1
+        counts["empty"] += not texts
+        counts["without next"] += len(texts) == 1
+        if max_characters is not None:
+            texts = [cut(text, max_characters) for text in texts]
+        for text, following in zip(texts, texts[1:], strict=False):
+            if (key := hash((text, following))) in seen:
+                counts["duplicates"] += 1
+                continue
+            seen.add(key)
+            counts["rows"] += 1
+            if stop_words is None:
+                yield {"text": text, "next": following}
+            else:
+                target = _content_words(text, stop_words)
+                yield {"text": text, "next": _content_words(following, stop_words), "target": target}
+
+
+def _documents(
+    documents: Iterable[str | Sequence[str] | dict[str, str]], document_column: str | None
+) -> Iterator[str | Sequence[str]]:
+    if document_column is not None:
+        for _, rows in groupby(documents, key=lambda row: row[document_column]):
+            yield [row["text"] or "" for row in rows]
+    elif isinstance(documents, (Dataset, IterableDataset)):
+        yield from (row["text"] or "" for row in documents)
+    else:
+        yield from documents
+
+
+def _content_words(text: str, stop_words: frozenset[str]) -> str:
+    return " ".join(word for word in WORD.findall(text) if word.lower() not in stop_words)
