@@ -1,7 +1,17 @@
-"""Raw data to the columns that the losses read."""
+"""Raw data to the columns that the losses read.
 
+Each ``from_*`` gives ``anchor, positive, negative_1..n``, with the same choices, cleaning and counts (``rows.py``):
+``from_beir`` and ``from_ms_marco`` read files, the others tables or JSON lines.
+"""
+
+from .beir import from_beir
+from .classes import from_class_examples, from_class_labels
 from .columns import check_contrastive_columns, check_pretext_columns
 from .docstrings import StandardLibrary, load_standard_library
+from .judged_queries import from_judged_queries
+from .ms_marco import from_ms_marco, from_ms_marco_triples
+from .nli import from_nli
+from .pairs import from_columns, from_parallel_text, from_sts
 from .paragraphs import consecutive_paragraphs
 
 __all__ = [
@@ -9,5 +19,15 @@ __all__ = [
     "check_contrastive_columns",
     "check_pretext_columns",
     "consecutive_paragraphs",
+    "from_beir",
+    "from_class_examples",
+    "from_class_labels",
+    "from_columns",
+    "from_judged_queries",
+    "from_ms_marco",
+    "from_ms_marco_triples",
+    "from_nli",
+    "from_parallel_text",
+    "from_sts",
     "load_standard_library",
 ]
