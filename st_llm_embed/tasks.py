@@ -7,8 +7,12 @@ One ``Task`` gives the prompts for training (``prompts=`` of the training argume
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import resources
 
 # LLaRA's two prompts (arXiv 2312.15503): the embedding is read off the token after them.
 EBAE_PROMPT = "{text} The original sentence:"
@@ -40,21 +44,30 @@ class Task:
         kind: ``retrieval``, ``sts``, ``classification``, ``clustering``, ``pair`` or ``bitext``.
         in_batch_negatives: whether the other rows' texts may serve as negatives. Default: by kind; off where another
             row is likely to share the class.
+        negatives: how many negatives of its own each row of its data has. Default: any number.
+        weight: a factor on its share of the batches.
 
     Raises:
-        ValueError: for an unknown kind, or an empty name or instruction.
+        ValueError: for an unknown kind, an empty name or instruction, a negative number of negatives, or a weight that
+            is not positive.
     """
 
     name: str
     instruction: str
     kind: str = "retrieval"
     in_batch_negatives: bool | None = None
+    negatives: int | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"Task {self.name!r} has kind={self.kind!r}. Valid kinds: {', '.join(KINDS)}.")
         if not self.name or not self.instruction:
             raise ValueError(f"A task needs a name and an instruction; got {self.name!r} and {self.instruction!r}.")
+        if self.negatives is not None and self.negatives < 0:
+            raise ValueError(f"Task {self.name!r} has negatives={self.negatives}. It must be 0 or more, or None.")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"Task {self.name!r} has weight={self.weight}. It must be a positive number.")
         if self.in_batch_negatives is None:
             object.__setattr__(self, "in_batch_negatives", KINDS[self.kind][1])
 
@@ -90,6 +103,24 @@ class Task:
         if self.symmetric:
             return {}
         return {column: "query" if column == "anchor" else "document" for column in columns}
+
+
+def known_task(name: str) -> Task:
+    """The task of a public data set, with this package's instruction for it (``data/tasks.json``).
+
+    Another setting is ``dataclasses.replace(known_task("scifact"), negatives=7)``.
+
+    Raises:
+        ValueError: for a name that is not there, with the nearest that are.
+    """
+    known = json.loads(resources.files(__package__).joinpath("data/tasks.json").read_text(encoding="utf-8"))
+    if name not in known:
+        near = get_close_matches(name.lower(), known, n=5)
+        raise ValueError(
+            f"No task is known as {name!r}. {'Near it' if near else 'Known'}: {', '.join(near or known)}. Fix: one of "
+            f"these, or one of your own, Task({name!r}, 'what to do, in one sentence', kind)."
+        )
+    return Task(name, **known[name])
 
 
 def before_text(instruction: str, model_prompt: str | None) -> str:

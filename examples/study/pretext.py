@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets, in the layout of BEIR")
     parser.add_argument("--output", type=Path, required=True, help="folder for results; runs in it are kept")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,19 @@
-"""Raw data to the columns that the losses read."""
+"""Raw data to the columns that the losses read.
 
+Each ``from_*`` gives ``anchor, positive, negative_1..n``, with the same choices, cleaning and counts (``rows.py``):
+``from_beir`` and ``from_ms_marco`` read files, the others tables or JSON lines. ``consecutive_texts`` gives
+``text, next``, for the pretext tasks.
+"""
+
+from .beir import from_beir
+from .classes import from_class_examples, from_class_labels
 from .columns import check_contrastive_columns, check_pretext_columns
 from .consecutive import consecutive_texts
 from .docstrings import StandardLibrary, load_standard_library
+from .judged_queries import from_judged_queries
+from .ms_marco import from_ms_marco, from_ms_marco_triples
+from .nli import from_nli
+from .pairs import from_columns, from_parallel_text, from_sts
 from .splitting import paragraphs, sentences, windows
 
 __all__ = [
@@ -10,6 +21,16 @@ __all__ = [
     "check_contrastive_columns",
     "check_pretext_columns",
     "consecutive_texts",
+    "from_beir",
+    "from_class_examples",
+    "from_class_labels",
+    "from_columns",
+    "from_judged_queries",
+    "from_ms_marco",
+    "from_ms_marco_triples",
+    "from_nli",
+    "from_parallel_text",
+    "from_sts",
     "load_standard_library",
     "paragraphs",
     "sentences",

@@ -8,20 +8,30 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, Value
 
 
-def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str) -> None:
+def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, negatives: int | None = None) -> None:
     """Demand ``anchor, positive`` and then ``negative`` or ``negative_1, negative_2, ...``, all non-empty text.
+
+    Args:
+        dataset: the rows.
+        name: what an error calls them.
+        negatives: how many columns of negatives there must be. Default: any number.
 
     Raises:
         ValueError: naming the data set, the column and the row, and the fix.
     """
     columns = list(dataset.column_names or [])
-    negatives = columns[2:]
-    named = negatives == ["negative"] or all(re.fullmatch(r"negative_\d+", column) for column in negatives)
+    found = columns[2:]
+    named = found == ["negative"] or all(re.fullmatch(r"negative_\d+", column) for column in found)
     if columns[:2] != ["anchor", "positive"] or not named:
         raise ValueError(
             f"Data set {name!r} has the columns {columns}. Expected, in this order: 'anchor', 'positive', then none, "
             "'negative', or 'negative_1', 'negative_2', ... Fix: dataset.rename_columns({'query': 'anchor', ...})"
             ".select_columns(['anchor', 'positive', ...])."
+        )
+    if negatives is not None and len(found) != negatives:
+        raise ValueError(
+            f"Data set {name!r} has {len(found)} columns of negatives, and its task asks for negatives={negatives}. "
+            f"Fix: build it with negatives={negatives}, mine them, or make the task with negatives={len(found)}."
         )
     _check_text(dataset, name, columns)
 

@@ -12,7 +12,7 @@ from itertools import groupby
 
 from datasets import Dataset, Features, IterableDataset, Value
 
-from st_llm_embed.data.splitting import cut, paragraphs
+from .splitting import cut, paragraphs
 
 WORD = re.compile(r"\w+(?:['’\-.]\w+)*")
 
@@ -39,9 +39,9 @@ def consecutive_texts(
         stop_words: words, in lower case, that the embeddings need not predict, such as
             ``sklearn.feature_extraction.text.ENGLISH_STOP_WORDS``. They and all punctuation are left out of ``next``
             and of ``target``, a third column with the other words of ``text``.
-        counts: gains the number of ``documents``, those with a single text (``without next``), ``empty`` ones,
-            ``rows``, and ``duplicates``: rows whose ``text`` and ``next`` came before, of which the first is kept. On
-            a stream it grows as the rows pass, in the process that reads them.
+        counts: emptied, then filled: ``documents``, those with a single text (``without next``), ``empty`` ones,
+            ``rows``, and ``duplicates``: rows whose ``text`` and ``next`` came before, of which the first is kept. For
+            a stream, as its rows pass, in the process that reads them.
 
     Raises:
         ValueError: for a data set without the columns, or if no document has two texts.
@@ -87,6 +87,7 @@ def _rows(
     stop_words: frozenset[str] | None,
     counts: Counter[str],
 ) -> Iterator[dict[str, str]]:
+    counts.clear()
     seen = set()  # hashes, not texts
     for document in _documents(documents, document_column):
         parts = [document] if isinstance(document, str) else document

@@ -1,35 +1,79 @@
-"""The contrastive loss of both NV-Embed stages (arXiv 2405.17428, section 4): in-batch negatives on, or off.
+"""The contrastive loss of both NV-Embed stages (arXiv 2405.17428, section 4): in-batch negatives on, off, or by row.
 
     loss = -log( exp(s(a, p) / τ) / Σ_d exp(s(a, d) / τ) ),  s = cosine
 
-On (stage 1, retrieval): d runs over all positives and hard negatives of the batch, which is sentence-transformers' own
-ranking loss. Off (stage 2, everything blended): d runs over the row's own positive and hard negatives, because another
-row's text may well share the class. In: the embeddings of ``anchor``, ``positive``, ``negative_1..n``, each
-``(batch, dim)``.
+d always runs over the row's own positive and hard negatives. Where in-batch negatives are on (stage 1, retrieval), it
+also runs over the other rows' positives and hard negatives, but for those that are probably no negatives. Where they
+are off (stage 2, everything blended) another row's text may well be right too.
+
+In: the embeddings of ``anchor``, ``positive``, ``negative_1..n``, each ``(batch, dim)``, and in ``labels`` what the
+collator knows of the rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from torch import Tensor
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from torch import Tensor, nn
+
+NONE = -1  # no group, no class, no text
 
 
-class InstructionContrastiveLoss(MultipleNegativesRankingLoss):
-    """InfoNCE with a switch for in-batch negatives.
+@dataclass
+class Rows:
+    """What is known of a batch's rows beside their embeddings."""
+
+    group: Tensor  # (batch,): rows of one group are each other's negatives; NONE for own negatives only
+    label: Tensor  # (batch,): the class of anchor and positive, or NONE
+    texts: Tensor | None  # (batch, columns): equal where texts are equal; NONE where there is no text
+
+    @classmethod
+    def read(cls, labels: Tensor | None, in_batch_negatives: bool, anchor: Tensor) -> Rows:
+        if labels is not None and labels.ndim == 2:
+            return cls(labels[:, 0], labels[:, 1], labels[:, 2:])
+        none = torch.full((len(anchor),), NONE, device=anchor.device)
+        group = torch.zeros_like(none) if in_batch_negatives else none
+        return cls(group, none if labels is None else labels.to(torch.long), None)
+
+
+class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
+    """InfoNCE over cosine, each row with its own hard negatives and, where asked, those of its group in the batch.
+
+    With in-batch negatives and no guard this is sentence-transformers' ``MultipleNegativesRankingLoss``.
 
     Args:
         model: the model to train.
         scale: 1 / temperature. NV-Embed does not publish its temperature; 0.02 is what its sibling recipes use.
-        in_batch_negatives: whether other rows' positives and hard negatives count as negatives.
-        **kwargs: the arguments of ``MultipleNegativesRankingLoss``, where in-batch negatives are on.
+        in_batch_negatives: whether other rows' positives and hard negatives count as negatives. Labels of
+            ``TaskCollator`` decide it row by row instead.
+        false_negative_margin: leave out other rows' texts that score above this share of the row's positive, such as
+            0.95; None for no such limit.
+        mini_batch_size: embed so many texts at a time, twice, in the memory of one such batch (GradCache, arXiv
+            2101.06983), with the gradients of the plain form. None: all at once.
+        gather_across_devices: whether other processes' rows count as the batch's.
+
+    Inputs:
+        +-------------------------------------------------+-----------------------------+
+        | Columns                                         | Labels                      |
+        +=================================================+=============================+
+        | anchor, positive, negative_1, ..., negative_n   | none, or each row's class   |
+        +-------------------------------------------------+-----------------------------+
+
+        Of rows with a class, those of one class take no positives of each other, and rows of different classes no
+        hard negatives. ``TaskCollator`` gives ``(batch, 2 + columns)``: group, class, and a number for each text, by
+        which texts equal to the row's anchor or positive are left out as well.
 
     Raises:
-        ValueError: when called without negatives while in-batch negatives are off.
+        ValueError: for fewer than two columns, a scale or margin that is not positive, or when a row has no negatives:
+            in-batch negatives are off and there is no column of them.
     """
 
     def __init__(
@@ -37,26 +81,98 @@ class InstructionContrastiveLoss(MultipleNegativesRankingLoss):
         model: SentenceTransformer,
         scale: float = 50.0,
         in_batch_negatives: bool = True,
-        **kwargs: Any,
+        false_negative_margin: float | None = None,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
-        super().__init__(model, scale=scale, **kwargs)
+        super().__init__()
+        for name, value in (("scale", scale), ("false_negative_margin", false_negative_margin)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r} must be positive.")
+        self.model = model
+        self.scale = scale
         self.in_batch_negatives = in_batch_negatives
+        self.false_negative_margin = false_negative_margin
+        self.mini_batch_size = mini_batch_size
+        self.gather_across_devices = gather_across_devices
+        self.uses_gradient_cache = mini_batch_size is not None
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        if self.uses_gradient_cache:
+            return self.forward_cached(sentence_features, labels)
+        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features), labels)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The host's gradient cache asks for the loss of mini-batches of embeddings, column by column."""
+        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        if with_backward:
+            loss.backward()
+        return loss.detach() if with_backward else loss
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
-        if self.in_batch_negatives:
-            return super().compute_loss_from_embeddings(embeddings, labels)
-        if len(embeddings) < 3:
-            raise ValueError(
-                f"in_batch_negatives=False needs at least one hard negative: the columns are anchor, positive, "
-                f"negative_1, ..., and this batch has {len(embeddings)}. Mine negatives (sentence_transformers.util."
-                "mine_hard_negatives), or turn in-batch negatives on."
-            )
+        """The mean over this process's rows.
+
+        Args:
+            embeddings: of each column, ``(batch, dim)``.
+            labels: none, ``(batch,)`` classes, or ``(batch, 2 + columns)``.
+        """
+        if len(embeddings) < 2:
+            raise ValueError(f"The loss takes the columns anchor, positive, ...; got {len(embeddings)}.")
         anchor, *documents = (F.normalize(column, dim=-1) for column in embeddings)
-        scores = torch.einsum("bd,nbd->bn", anchor, torch.stack(documents)) * self.scale  # (batch, 1 + negatives)
-        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
+        documents = torch.stack(documents, dim=1)  # (batch, 1 + negatives, dim)
+        rows = Rows.read(labels, self.in_batch_negatives, anchor)
+        scores = torch.einsum("bd,bnd->bn", anchor, documents)  # own ones, the positive first
+        if rows.texts is not None:
+            scores = scores.masked_fill(rows.texts[:, 1:] == NONE, -torch.inf)
+        # Asked of all processes alike: where one gathers, all must.
+        if self.in_batch_negatives:
+            scores = torch.cat([scores, self._other_rows(anchor, documents, scores[:, :1], rows)], dim=1)
+        elif documents.shape[1] < 2:
+            raise ValueError(
+                "Without in-batch negatives each row needs hard negatives of its own: the columns anchor, positive, "
+                "negative_1, ... Mine some (st-llm-embed mine), or turn in-batch negatives on."
+            )
+        return F.cross_entropy(scores * self.scale, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
+
+    def _other_rows(self, anchor: Tensor, documents: Tensor, positive_score: Tensor, rows: Rows) -> Tensor:
+        """``(batch, rows of all processes · documents)``: scores, minus infinity where a document is no negative."""
+        own = torch.arange(len(anchor), device=anchor.device)
+        group, label, texts = rows.group, rows.label, rows.texts
+        if self.gather_across_devices:
+            own += get_rank() * len(anchor)
+            documents = all_gather_with_grad(documents)
+            group, label = all_gather(group), all_gather(label)
+            texts = None if texts is None else all_gather(texts)
+        scores = torch.einsum("bd,rnd->brn", anchor, documents)  # (batch, rows, 1 + negatives)
+        allowed = (rows.group.unsqueeze(1) == group) & (rows.group.unsqueeze(1) != NONE)  # (batch, rows)
+        allowed[torch.arange(len(anchor), device=anchor.device), own] = False
+        # Of another class, a row's positive is wrong here; of the same class, its negatives are. Else nobody knows.
+        both, same = (rows.label.unsqueeze(1) != NONE) & (label != NONE), rows.label.unsqueeze(1) == label
+        allowed = torch.cat([(allowed & ~(both & same)).unsqueeze(2), (allowed & (same | ~both)).unsqueeze(2)], dim=2)
+        allowed = allowed[:, :, [0] + [1] * (scores.shape[2] - 1)]  # (batch, rows, 1 + negatives)
+        if texts is not None:
+            others = texts[:, 1:]
+            right = rows.texts[:, :2]  # the row's anchor and positive
+            allowed &= (others != NONE) & (others.unsqueeze(-1) != right[:, None, None, :]).all(dim=-1)
+        if self.false_negative_margin is not None:
+            limit = positive_score - (1 - self.false_negative_margin) * positive_score.abs()  # (batch, 1)
+            allowed &= scores <= limit.unsqueeze(2)
+        return scores.masked_fill(~allowed, -torch.inf).flatten(1)
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {**super().get_config_dict(), "in_batch_negatives": self.in_batch_negatives}
+        return {
+            "scale": self.scale,
+            "in_batch_negatives": self.in_batch_negatives,
+            "false_negative_margin": self.false_negative_margin,
+            "mini_batch_size": self.mini_batch_size,
+            "gather_across_devices": self.gather_across_devices,
+        }
+
+    @property
+    def temperature(self) -> float:
+        return 1 / self.scale
 
     @property
     def citation(self) -> str:

@@ -1,0 +1,121 @@
+"""A retrieval set in BEIR's layout (arXiv 2104.08663) to rows: corpus and queries in JSON lines, judgements in qrels.
+
+``corpus.jsonl`` {_id, title, text} and ``queries.jsonl`` {_id, text}, plain or ``.gz``; ``qrels/SPLIT.tsv`` of query,
+document and score. The corpus is read once, and of it only the judged documents are held.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+
+from .rows import Judged, contrastive_dataset
+from .sources import joined, read_json_lines, read_lines
+
+
+def from_beir(
+    folder: str | Path,
+    *,
+    split: str = "train",
+    min_score: float = 1,
+    negatives: int = 0,
+    seed: int = 0,
+    drop_short: bool = False,
+    streaming: bool = False,
+    counts: Counter[str] | None = None,
+) -> Dataset | IterableDataset:
+    """Each query of a split with each of its relevant documents.
+
+    Args:
+        folder: of the set.
+        split: the file of judgements: ``qrels/{split}.tsv``.
+        min_score: the lowest score that makes a document relevant.
+        negatives: how many of the documents judged 0 or less each row gets. Scores in between count as neither.
+        seed, drop_short, streaming, counts: see ``contrastive_dataset``. Counted besides: ``missing queries`` and
+            ``missing documents``, judged but not in the files, and judgements ``below min_score``.
+
+    Raises:
+        FileNotFoundError: naming the file that is not there, and the splits that are.
+        ValueError: naming the file and the line that cannot be read; see also ``contrastive_dataset``.
+    """
+    root = Path(folder)
+    qrels = root / "qrels" / f"{split}.tsv"
+    if not qrels.is_file():
+        splits = sorted(file.stem for file in root.glob("qrels/*.tsv"))
+        raise FileNotFoundError(f"{qrels} does not exist. Splits of {root}: {', '.join(splits) or 'none'}.")
+    corpus, queries = (_plain_or_gz(root / name) for name in ("corpus.jsonl", "queries.jsonl"))
+
+    def judged(counted: Counter[str]) -> Iterator[Judged]:
+        relevant, rejected = read_qrels(qrels, min_score, counted)
+        needed = {document for documents in relevant.values() for document in documents}
+        if negatives:
+            needed.update(document for query in relevant for document in rejected.get(query, ()))
+        texts = _texts(corpus, needed)
+        asked = _texts(queries, relevant.keys())
+        for query, documents in relevant.items():
+            against = rejected.get(query, []) if negatives else []
+            counted["missing documents"] += sum(document not in texts for document in (*documents, *against))
+            if query not in asked:
+                counted["missing queries"] += 1
+                continue
+            positives, others = ([texts[d] for d in ids if d in texts] for ids in (documents, against))
+            yield Judged(f"Query {query!r} of {qrels}", asked[query], positives, others)
+
+    return contrastive_dataset(
+        judged, negatives=negatives, seed=seed, drop_short=drop_short, streaming=streaming, counts=counts
+    )
+
+
+def read_qrels(
+    file: str | Path, min_score: float, counts: Counter[str]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The ids of each query's relevant documents (scored ``min_score`` or more), and of its rejected ones (0 or less).
+
+    Lines are ``query document score`` with tabs (BEIR, with a header) or ``query 0 document score`` (TREC).
+
+    Raises:
+        ValueError: naming the file and the line that has neither form.
+    """
+    relevant: dict[str, list[str]] = {}
+    rejected: dict[str, list[str]] = {}
+    for number, line in read_lines(file):
+        fields = line.split("\t") if "\t" in line else line.split()
+        try:
+            query, document, score = fields[0], fields[-2], float(fields[-1])
+            if len(fields) not in (3, 4):
+                raise ValueError(f"{len(fields)} fields")
+        except (ValueError, IndexError) as error:
+            if number == 1 and len(fields) == 3:  # the header
+                continue
+            raise ValueError(
+                f"Line {number} of {file} is neither 'query document score' nor 'query 0 document score': "
+                f"{line[:80]!r}"
+            ) from error
+        if score >= min_score:
+            relevant.setdefault(query, []).append(document)
+        elif score <= 0:
+            rejected.setdefault(query, []).append(document)
+        else:
+            counts["below min_score"] += 1
+    return relevant, rejected
+
+
+def _plain_or_gz(file: Path) -> Path:
+    found = [path for path in (file, file.with_name(f"{file.name}.gz")) if path.is_file()]
+    if not found:
+        raise FileNotFoundError(f"Neither {file} nor {file.name}.gz exists: {file.parent} is not in BEIR's layout.")
+    return found[0]
+
+
+def _texts(file: Path, ids: set[str]) -> dict[str, str]:
+    """The texts of those lines of a corpus or query file whose ``_id`` is in ``ids``."""
+    texts = {}
+    for where, row in read_json_lines(file):
+        if "_id" not in row or "text" not in row:
+            raise ValueError(f"{where} has the keys {list(row)}. BEIR's lines need '_id' and 'text'.")
+        if (key := str(row["_id"])) in ids:
+            texts[key] = joined(row.get("title"), row["text"])
+    return texts

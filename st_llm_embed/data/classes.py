@@ -1,0 +1,146 @@
+"""Classification and clustering to rows: by the examples of the classes, or by the texts of their labels.
+
+NV-Embed (arXiv 2405.17428, section 4): version 2 takes another text of the class as the positive and texts of other
+classes as negatives, version 1 the label's text and the other labels' texts. Of two classes, such as positive and
+negative reviews, both take the labels' texts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
+
+from datasets import Dataset
+
+from .rows import Judged, contrastive_dataset
+from .sources import Source, check_source, label_names, source_rows, stripped
+
+NEGATIVES = 7  # hard negatives for each query in NV-Embed
+
+
+def from_class_examples(
+    source: Source,
+    *,
+    text: str = "text",
+    label: str = "label",
+    negatives: int = NEGATIVES,
+    seed: int = 0,
+    counts: Counter[str] | None = None,
+) -> Dataset:
+    """Each text with another of its class, and with ``negatives`` texts of other classes, all chosen by the seed.
+
+    The source is read to its end and held in memory. A text of two classes is a contradiction: it is dropped.
+
+    Args:
+        source: a table, or a JSON lines file, plain or ``.gz``.
+        text, label: the names of these columns. Labels may be numbers or text.
+        negatives, seed, counts: see ``contrastive_dataset``.
+
+    Raises:
+        FileNotFoundError: for a path that is no file.
+        ValueError: for columns that are not there, a text without label, or a class of one text, naming it; see also
+            ``contrastive_dataset``.
+    """
+    check_source(source, {text: "text", label: "label"})
+
+    def judged(counted: Counter[str]) -> Iterator[Judged]:
+        label_of = _labelled_texts(source, text, label, counted)
+        classes: dict[Hashable, list[str]] = {}
+        for example, of in label_of.items():
+            classes.setdefault(of, []).append(example)
+        if alone := [of for of, examples in classes.items() if len(examples) == 1]:
+            raise ValueError(
+                f"The class {alone[0]!r} has one text ({len(alone)} such classes), so no other can be its positive. "
+                f"Fix: dataset.filter(lambda row: row[{label!r}] != {alone[0]!r}), or from_class_labels, which needs "
+                "no second one."
+            )
+        # All texts class by class: those of the other classes are what is left without one slice.
+        ordered = [example for examples in classes.values() for example in examples]
+        start, place = {}, {example: i for i, example in enumerate(ordered)}
+        for of, examples in classes.items():
+            start[of] = place[examples[0]]
+        for example, of in label_of.items():
+            choose = random.Random(f"{seed}\n{example}")
+            first, size = start[of], len(classes[of])
+            other = choose.randrange(size - 1)
+            positive = classes[of][other + (other >= place[example] - first)]
+            if negatives > (outside := len(ordered) - size):
+                raise ValueError(f"Outside the class {of!r} there are {outside} texts, too few for {negatives=}.")
+            chosen = choose.sample(range(outside), negatives)
+            yield Judged(
+                f"Text {example[:60]!r}", example, [positive], [ordered[i + size * (i >= first)] for i in chosen]
+            )
+
+    return contrastive_dataset(judged, negatives=negatives, seed=seed, counts=counts)
+
+
+def from_class_labels(
+    source: Source,
+    *,
+    text: str = "text",
+    label: str = "label",
+    label_texts: Mapping[Hashable, str] | None = None,
+    negatives: int | None = None,
+    seed: int = 0,
+    counts: Counter[str] | None = None,
+) -> Dataset:
+    """Each text with its label's text, and with ``negatives`` of the other labels' texts.
+
+    The source is read to its end and held in memory. A text of two classes is a contradiction: it is dropped.
+
+    Args:
+        source: a table, or a JSON lines file, plain or ``.gz``.
+        text, label: the names of these columns.
+        label_texts: what each label is called. Default: the names of a ``ClassLabel`` column, or the labels
+            themselves where they are text.
+        negatives: see ``contrastive_dataset``. Default: 7, or all other labels where there are fewer.
+        seed, counts: see ``contrastive_dataset``.
+
+    Raises:
+        FileNotFoundError: for a path that is no file.
+        ValueError: for columns that are not there, a text without label, a label without text, or fewer than two
+            labels; see also ``contrastive_dataset``.
+    """
+    check_source(source, {text: "text", label: "label"})
+    names = label_names(source, label) if label_texts is None else label_texts
+    label_of = _labelled_texts(source, text, label, found := Counter())
+    labels = list(dict.fromkeys(label_of.values()))
+    called = [names.get(of, of) for of in labels]
+    if unnamed := [of for of in called if not isinstance(of, str)]:
+        raise ValueError(
+            f"The labels {unnamed[:5]} have no text. Fix: label_texts={{{unnamed[0]!r}: 'what it is called', ...}}, "
+            "or label='the column of their texts'."
+        )
+    others = len(called) - 1
+    count = min(NEGATIVES, others) if negatives is None else negatives
+    if others < max(count, 1):
+        raise ValueError(f"A row's negatives are the other labels' texts: {called} are too few for {negatives=}.")
+
+    def judged(counted: Counter[str]) -> Iterator[Judged]:
+        counted.update(found)
+        for example, of in label_of.items():
+            place = labels.index(of)
+            yield Judged(f"Text {example[:60]!r}", example, [called[place]], [*called[:place], *called[place + 1 :]])
+
+    return contrastive_dataset(judged, negatives=count, seed=seed, counts=counts)
+
+
+def _labelled_texts(source: Source, text: str, label: str, counts: Counter[str]) -> dict[str, Hashable]:
+    """The label of each distinct text that has only one."""
+    label_of: dict[str, Hashable] = {}
+    ambiguous = set()
+    for where, row in source_rows(source, {text: "text", label: "label"}):
+        example, of = stripped(row[text], where), row[label]
+        if of is None:
+            raise ValueError(f"{where} has no {label!r}. Fix: dataset.filter(lambda row: row[{label!r}] is not None).")
+        if not example:
+            counts["empty"] += 1
+        elif example not in label_of:
+            label_of[example] = of
+        elif label_of[example] == of:
+            counts["duplicates"] += 1
+        else:
+            ambiguous.add(example)
+    counts["contradictions"] += len(ambiguous)
+    return {example: of for example, of in label_of.items() if example not in ambiguous}

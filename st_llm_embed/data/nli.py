@@ -1,0 +1,67 @@
+"""Natural-language inference to rows: what a premise entails is its positive, what contradicts it a negative."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from datasets import Dataset
+
+from .rows import Judged, contrastive_dataset
+from .sources import Source, check_source, label_names, source_rows, stripped
+
+
+def from_nli(
+    source: Source,
+    *,
+    premise: str = "sentence1",
+    hypothesis: str = "sentence2",
+    label: str = "label",
+    entailment: int | str = "entailment",
+    contradiction: int | str = "contradiction",
+    negatives: int = 1,
+    seed: int = 0,
+    counts: Counter[str] | None = None,
+) -> Dataset:
+    """Each premise with each hypothesis that it entails, and with ``negatives`` of those that contradict it.
+
+    Rows of one premise are brought together, so the source is read to its end and held in memory. Premises with fewer
+    contradictions than ``negatives`` are dropped and counted.
+
+    Args:
+        source: a table, or a JSON lines file, plain or ``.gz``.
+        premise, hypothesis, label: the names of these columns.
+        entailment, contradiction: these labels' values; of a ``ClassLabel`` column, their names. Rows with other
+            labels (neutral, no gold label) serve as neither.
+        negatives, seed, counts: see ``contrastive_dataset``; 0 for pairs.
+
+    Raises:
+        FileNotFoundError: for a path that is no file.
+        ValueError: for columns or labels that are not there; see also ``contrastive_dataset``.
+    """
+    columns = {premise: "premise", hypothesis: "hypothesis", label: "label"}
+    check_source(source, columns)
+    names = label_names(source, label)
+    used = {entailment, contradiction} if negatives else {entailment}
+
+    def judged(_: Counter[str]) -> Iterator[Judged]:
+        groups: dict[str, Judged] = {}
+        found = set()
+        for where, row in source_rows(source, columns):
+            anchor = stripped(row[premise], where)
+            group = groups.setdefault(anchor, Judged(where, anchor, [], []))
+            value = names.get(row[label], row[label])
+            found.add(value)
+            if value == entailment:
+                group.positives.append(row[hypothesis])
+            elif value == contradiction:
+                group.negatives.append(row[hypothesis])
+        if missing := used - found:
+            raise ValueError(
+                f"No row has {sorted(missing, key=str)} in {label!r}, which holds {sorted(found, key=str)}. Fix: name "
+                "the labels of this set, such as entailment=0, contradiction=2, or another column; negatives=0 needs "
+                "no contradictions."
+            )
+        yield from groups.values()
+
+    return contrastive_dataset(judged, negatives=negatives, seed=seed, drop_short=True, counts=counts)

@@ -1,0 +1,130 @@
+"""Clean rows of ``anchor, positive, negative_1..n`` from judged texts: what all builders end with.
+
+Removed and counted: empty texts, a positive that is its anchor, a negative that is its anchor or one of its positives
+(a contradiction), and a row that was there before. Which negatives a row gets depends on the seed and its own texts
+alone, so a stream gives the rows that the whole data set gives.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
+
+from .sources import stripped
+
+ROWS_AT_ONCE = 10_000
+
+
+class Judged(NamedTuple):
+    """One anchor and the texts judged for it."""
+
+    where: str  # how an error names it: "Row 3", "Line 4 of train.jsonl"
+    anchor: str
+    positives: Iterable[str]
+    negatives: Iterable[str] = ()
+
+
+def contrastive_dataset(
+    judged: Callable[[Counter[str]], Iterable[Judged]],
+    *,
+    negatives: int,
+    seed: int = 0,
+    drop_short: bool = False,
+    streaming: bool = False,
+    counts: Counter[str] | None = None,
+) -> Dataset | IterableDataset:
+    """One row for each positive, with ``negatives`` of its anchor's negatives, in the source's order.
+
+    Args:
+        judged: gives the judged texts from the start, each time it is called, and may count in its argument.
+        negatives: how many of the judged negatives each row gets.
+        seed: chooses them.
+        drop_short: drop rows with fewer negatives, and count them, instead of raising.
+        streaming: make the rows as they are read. Of a stream's rows, hashes of 16 bytes are held (for duplicates).
+        counts: emptied, then filled: anchors ``read``, ``rows`` made, and what was removed: ``empty`` texts,
+            ``duplicates`` (rows, and texts of one anchor), ``contradictions``, positives ``identical`` to their
+            anchor, anchors with ``no positive``, rows with ``too few negatives``. For a stream, as its rows pass, in
+            the process that reads them.
+
+    Raises:
+        ValueError: for a row with fewer negatives, a value that is not text, or no rows at all; of a stream, when it
+            is read.
+    """
+    if negatives < 0:
+        raise ValueError(f"negatives={negatives} must be 0 or more.")
+    counted: Counter[str] = Counter() if counts is None else counts
+    columns = ["anchor", "positive", *(f"negative_{i + 1}" for i in range(negatives))]
+
+    def rows() -> Iterator[dict[str, str]]:
+        counted.clear()
+        for row in _clean(judged(counted), negatives, seed, drop_short, counted):
+            yield dict(zip(columns, row, strict=True))
+        if not counted["rows"]:
+            raise ValueError(f"No row is left of what was read: {dict(+counted) or 'the source is empty'}.")
+
+    features = Features({column: Value("string") for column in columns})
+    if streaming:
+        return IterableDataset.from_generator(rows, features=features)
+    # Not Dataset.from_generator: its cache knows the generator, not the files, and would give their old rows again.
+    made = rows()
+    batches = iter(lambda: list(islice(made, ROWS_AT_ONCE)), [])
+    return concatenate_datasets([Dataset.from_list(batch, features=features) for batch in batches])
+
+
+def _clean(
+    judged: Iterable[Judged], count: int, seed: int, drop_short: bool, counts: Counter[str]
+) -> Iterator[tuple[str, ...]]:
+    seen = set()
+    for entry in judged:
+        counts["read"] += 1
+        anchors = _distinct([entry.anchor], entry.where, counts)
+        positives = _distinct(entry.positives, entry.where, counts)
+        negatives = _distinct(entry.negatives, entry.where, counts) if count else {}
+        for anchor in anchors:
+            counts["contradictions"] += len(negatives.keys() & (positives.keys() | {anchor}))
+            wrong = [text for text in negatives if text not in positives and text != anchor]
+            counts["identical"] += anchor in positives
+            right = [text for text in positives if text != anchor]
+            counts["no positive"] += not right
+            for positive in right:
+                if len(wrong) < count:
+                    if not drop_short:
+                        raise ValueError(_short(entry.where, anchor, len(wrong), count))
+                    counts["too few negatives"] += 1
+                    continue
+                chosen = random.Random(f"{seed}\n{anchor}\n{positive}").sample(range(len(wrong)), count)
+                row = (anchor, positive, *(wrong[i] for i in sorted(chosen)))
+                digest = blake2b("\0".join(row).encode(), digest_size=16).digest()
+                if digest in seen:
+                    counts["duplicates"] += 1
+                    continue
+                seen.add(digest)
+                counts["rows"] += 1
+                yield row
+
+
+def _distinct(texts: Iterable[Any], where: str, counts: Counter[str]) -> dict[str, None]:
+    """``texts`` without the space around them, in order, each once, none empty."""
+    kept: dict[str, None] = {}
+    for text in texts:
+        clean = stripped(text, where)
+        if not clean:
+            counts["empty"] += 1
+        elif clean in kept:
+            counts["duplicates"] += 1
+        else:
+            kept[clean] = None
+    return kept
+
+
+def _short(where: str, anchor: str, found: int, count: int) -> str:
+    return (
+        f"{where} ({anchor[:60]!r}) has {found} negatives, and negatives={count} asks for {count}. Every row needs "
+        f"the same number. Fix: ask for fewer, mine more, or drop and count such rows with drop_short=True."
+    )

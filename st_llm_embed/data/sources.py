@@ -1,0 +1,132 @@
+"""What the builders read: tables of the ``datasets`` library and text files, row by row, each with its place.
+
+A table on the Hub is read by the library's own call: ``datasets.load_dataset(id, split="train", streaming=True)``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, IterableDataset
+
+Source = Dataset | IterableDataset | str | Path
+
+
+def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 text file, plain or ``.gz``, that are not blank, with their numbers from 1.
+
+    Raises:
+        ValueError: naming the file and the line, for text that is not UTF-8 or a damaged archive.
+    """
+    with undamaged(file), (gzip.open if Path(file).suffix == ".gz" else open)(file, "rb") as handle:
+        # Bytes, as text mode would also break lines at a lone carriage return.
+        for number, raw in enumerate(handle, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"Line {number} of {file} is not UTF-8 text: {error}.") from error
+            if line.strip():
+                yield number, line
+
+
+@contextmanager
+def undamaged(file: str | Path) -> Iterator[None]:
+    """Name the file in the errors of a broken ``.gz``, which do not."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file} is damaged or cut off: {error}.") from error
+
+
+def read_json_lines(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON lines file, plain or ``.gz``, each with the words that name its line.
+
+    Raises:
+        ValueError: naming the file and the line that is no JSON object.
+    """
+    for number, line in read_lines(file):
+        where = f"Line {number} of {file}"
+        try:
+            row = json.loads(line)
+            if "\\ud" in line or "\\uD" in line:
+                json.dumps(row, ensure_ascii=False).encode()  # half of an escaped surrogate pair is no text
+        except (json.JSONDecodeError, UnicodeEncodeError) as error:
+            raise ValueError(f"{where} is not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'{where} is no JSON object such as {{"query": "..."}}: {line[:80]}')
+        yield where, row
+
+
+def source_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a table or a JSON lines file, each with the words that name it.
+
+    Args:
+        source: a ``Dataset``, an ``IterableDataset``, or the path of a JSON lines file, plain or ``.gz``.
+        columns: the columns that each row must have, and the option that names each.
+
+    Raises:
+        ValueError: naming the row, the columns found, those needed, and the fix.
+    """
+    if isinstance(source, Dataset | IterableDataset):
+        rows = ((f"Row {i}", row) for i, row in enumerate(source.with_format(None)))
+    else:
+        rows = read_json_lines(source)
+    for where, row in rows:
+        if missing := [column for column in columns if column not in row]:
+            options = " ".join(f"{columns[column]}=..." for column in missing)
+            raise ValueError(
+                f"{where} has the columns {list(row)}, and not {missing}. Fix: say what yours are called ({options}), "
+                f"or dataset.rename_columns({{'yours': {missing[0]!r}}})."
+            )
+        yield where, row
+
+
+def check_source(source: Source, columns: Mapping[str, str]) -> None:
+    """Read the first row of ``source``, so that a wrong one is refused by the builder and not later by its stream.
+
+    Raises:
+        FileNotFoundError: for a path that is no file.
+        ValueError: for a source without rows, or without the columns.
+    """
+    if isinstance(source, str | Path) and not Path(source).is_file():
+        raise FileNotFoundError(
+            f"{source} is not a JSON lines file. For a data set of the Hub, pass "
+            f"datasets.load_dataset({str(source)!r}, split='train')."
+        )
+    if next(source_rows(source, columns), None) is None:
+        raise ValueError(f"The source is empty: {source}")
+
+
+def is_streamed(source: Source, streaming: bool) -> bool:
+    """Whether what is built from ``source`` is an ``IterableDataset``."""
+    return streaming or isinstance(source, IterableDataset)
+
+
+def label_names(source: Source, column: str) -> dict[int, str]:
+    """The names of the labels of a ``ClassLabel`` column, by number; none of another column."""
+    feature = (source.features or {}).get(column) if isinstance(source, Dataset | IterableDataset) else None
+    return dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else {}
+
+
+def stripped(text: Any, where: str) -> str:
+    """``text`` without the space around it, and "" for None.
+
+    Raises:
+        ValueError: naming the row, for what is not text.
+    """
+    if text is not None and not isinstance(text, str):
+        raise ValueError(
+            f"{where} has {text!r} where text is expected. Fix: choose another column, or cast it to str."
+        )
+    return (text or "").strip()
+
+
+def joined(title: str | None, text: str | None) -> str:
+    """A document as the retrieval benchmarks embed it: the title, a space, the text."""
+    return f"{title or ''} {text or ''}".strip()
