@@ -1,23 +1,27 @@
-"""SentenceTransformerTrainer that takes tasks: they set the prompts, the loss of each data set, and the saved prompts.
+"""SentenceTransformerTrainer that takes tasks: they set the prompts, the batches, the negatives, the saved prompts.
 
 With ``tasks``, NV-Embed's two stages (arXiv 2405.17428, section 4) differ in one switch: stage 1 uses in-batch
 negatives where the task allows them, stage 2 never does. Without ``tasks`` this is the host's trainer, with its data
-checked.
+checked. Either way a loss that is not a number ends the run, and says where.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from torch import nn
+from sentence_transformers.base.data_collator import BaseDataCollator
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, ConcatDataset
 
+from st_llm_embed.collator import TaskCollator
 from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_columns
 from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
+from st_llm_embed.losses.instruction_contrastive import NONE
+from st_llm_embed.sampler import Source, TaskBatchSampler
 from st_llm_embed.tasks import Task, encoding_prompts
 from st_llm_embed.training_args import LLMEmbedTrainingArguments
 
@@ -29,17 +33,20 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
 
     Args:
         model: the model to train.
-        args: ``LLMEmbedTrainingArguments``; ``args.stage`` and ``args.temperature`` are read with ``tasks`` only.
+        args: ``LLMEmbedTrainingArguments``; what they add to the host's is read with ``tasks`` only.
         train_dataset: with ``tasks``, a dict from task name to a data set of ``anchor``, ``positive``,
-            ``negative_1..n``.
+            ``negative_1..n``, and perhaps ``label``, the class.
         eval_dataset: likewise.
-        loss: as in the host; not with ``tasks``, which make their own.
+        loss: as in the host. With ``tasks``, ``InstructionContrastiveLoss`` as ``args`` say, or one of your own, such
+            as ``MatryoshkaLoss`` around it.
         tasks: one ``Task`` for each data set.
         **kwargs: the host's other arguments.
 
     Raises:
-        ValueError: for data sets and tasks that do not match, misnamed columns, empty rows, or ``tasks`` together with
-            ``loss``, ``args.prompts`` or ``args.router_mapping``.
+        ValueError: for data sets and tasks that do not match, misnamed columns, empty rows, a task that has neither
+            negatives of its own nor in-batch ones, or ``tasks`` together with ``args.prompts`` or
+            ``args.router_mapping``.
+        FloatingPointError: in training, when the loss is not finite.
     """
 
     training_args_class = LLMEmbedTrainingArguments
@@ -55,34 +62,36 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         tasks: Sequence[Task] | None = None,
         **kwargs: Any,
     ) -> None:
-        if tasks is not None:
-            if loss is not None or (args is not None and (args.prompts or args.router_mapping)):
+        self.tasks = None if tasks is None else {task.name: task for task in tasks}
+        if self.tasks is not None:
+            if args is not None and (args.prompts or args.router_mapping):
                 raise ValueError(
-                    "tasks= sets the losses, the prompts and the router mapping itself: leave out loss=, args.prompts "
-                    "and args.router_mapping."
+                    "tasks= sets the prompts and the router mapping itself: leave out args.prompts and "
+                    "args.router_mapping."
                 )
             args = _own_copy(args)
-            named = {task.name: task for task in tasks}
+            self.groups = {
+                name: place if _in_batch(task, args) else NONE for place, (name, task) in enumerate(self.tasks.items())
+            }
             model_prompts = model.prompts if model is not None else {}
+            columns: dict[str, list[str]] = {}
             for dataset in (train_dataset, eval_dataset):
                 if dataset is not None:
-                    _check_tasks(dataset, named)
-            columns = {
-                name: rows.column_names
-                for dataset in (train_dataset, eval_dataset)
-                for name, rows in (dataset or {}).items()
-            }
-            args.prompts = {n: named[n].column_prompts(names, model_prompts) for n, names in columns.items()}
+                    columns |= self._check_tasks(dataset)
+            args.prompts = {name: self.tasks[name].column_prompts(own, model_prompts) for name, own in columns.items()}
             # With it, the backbone's query_length and document_length hold in training as in encode_query.
-            args.router_mapping = {n: named[n].column_sides(names) for n, names in columns.items()}
-            loss = {
-                name: partial(
-                    InstructionContrastiveLoss,
+            args.router_mapping = {name: self.tasks[name].column_sides(own) for name, own in columns.items()}
+            # In blended batches each has as many columns as the task with the most, on every process.
+            self.num_negatives = max(map(_count_negatives, columns.values())) if args.blended else None
+            if loss is None:
+                loss = InstructionContrastiveLoss(
+                    model,
                     scale=1 / args.temperature,
-                    in_batch_negatives=args.stage == 1 and task.in_batch_negatives,
+                    in_batch_negatives=any(group != NONE for group in self.groups.values()),
+                    false_negative_margin=args.false_negative_margin,
+                    mini_batch_size=args.mini_batch_size,
+                    gather_across_devices=args.gather_across_devices,
                 )
-                for name, task in named.items()
-            }
         elif isinstance(loss, PretextLoss):
             for name, rows in _as_dict(train_dataset).items():
                 check_pretext_columns(rows, name)
@@ -93,6 +102,92 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         if tasks is not None:
             self.model.prompts.update(encoding_prompts(tasks, self.model.prompts))
 
+    def _check_tasks(self, dataset: AnyDataset) -> dict[str, list[str]]:
+        """Each data set's columns, after checking them."""
+        if not isinstance(dataset, dict):
+            raise ValueError(
+                f"tasks= needs a dict of data sets by task name, such as {{{next(iter(self.tasks))!r}: dataset}}; got "
+                f"{type(dataset).__name__}."
+            )
+        if unknown := sorted(set(dataset) - set(self.tasks)):
+            raise ValueError(f"The data sets {unknown} have no task. Tasks: {sorted(self.tasks)}.")
+        for name, rows in dataset.items():
+            check_contrastive_columns(rows, name, self.tasks[name].negatives)
+            if self.groups[name] == NONE and not _count_negatives(rows.column_names):
+                raise ValueError(
+                    f"Task {name!r} is trained without in-batch negatives, and its data set has no negatives. Mine "
+                    "some (st-llm-embed mine), or allow in-batch ones in stage 1: "
+                    f"Task({name!r}, ..., in_batch_negatives=True)."
+                )
+        return {name: list(rows.column_names) for name, rows in dataset.items()}
+
+    def get_data_collator(
+        self, model: SentenceTransformer, args: LLMEmbedTrainingArguments, processing_class: Any = None
+    ) -> BaseDataCollator:
+        if self.tasks is None:
+            return super().get_data_collator(model, args, processing_class)
+        return TaskCollator(
+            preprocess_fn=model.preprocess,
+            prompts=args.prompts,
+            router_mapping=args.router_mapping,
+            groups=self.groups,
+            num_negatives=self.num_negatives,
+            tokenizer=model.tokenizer,
+        )
+
+    def get_multi_dataset_batch_sampler(
+        self, dataset: ConcatDataset, batch_samplers: list[BatchSampler], generator: Any = None, seed: int | None = 0
+    ) -> BatchSampler | TaskBatchSampler:
+        if self.tasks is None:
+            return super().get_multi_dataset_batch_sampler(dataset, batch_samplers, generator, seed)
+        names = list(self.train_dataset)
+        return TaskBatchSampler(
+            [
+                Source(name, rows, distinct=self.groups[name] != NONE, weight=self.tasks[name].weight)
+                for name, rows in zip(names, dataset.datasets, strict=True)
+            ],
+            batch_samplers[0].batch_size,
+            self.args.world_size,
+            self.args.blended,
+            self.args.sampling_temperature,
+            seed,
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        where = dict(inputs)  # the host takes the data set's name out
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if not loss.isfinite():
+            raise FloatingPointError(self._describe(loss, where))
+        return result
+
+    def _describe(self, loss: Tensor, inputs: dict[str, Any]) -> str:
+        """Where a loss became infinite or no number: the step, the task and the first texts."""
+        first = next(key for key in inputs if key.endswith("_input_ids"))
+        texts = self.processing_class.batch_decode(inputs[first][:3], skip_special_tokens=True)
+        task = f" of task {inputs['dataset_name']!r}" if "dataset_name" in inputs else ""
+        return (
+            f"The loss{task} is {loss.item()} at step {self.state.global_step + 1}. Its batch begins with the texts "
+            f"{[text[:200] for text in texts]}. Lower the learning rate, raise the temperature, train in bf16 instead "
+            "of fp16, or look at these rows."
+        )
+
+
+def _in_batch(task: Task, args: LLMEmbedTrainingArguments) -> bool:
+    if args.in_batch_negatives is not None:
+        return args.in_batch_negatives
+    return args.stage == 1 and bool(task.in_batch_negatives)
+
+
+def _count_negatives(columns: list[str]) -> int:
+    return sum(column.startswith("negative") for column in columns)
+
 
 def _own_copy(args: LLMEmbedTrainingArguments | None) -> LLMEmbedTrainingArguments:
     """Arguments to set the prompts of: the caller's stay as they are."""
@@ -101,15 +196,3 @@ def _own_copy(args: LLMEmbedTrainingArguments | None) -> LLMEmbedTrainingArgumen
 
 def _as_dict(dataset: AnyDataset | None) -> dict[str, Dataset | IterableDataset]:
     return dataset if isinstance(dataset, dict) else {} if dataset is None else {"train": dataset}
-
-
-def _check_tasks(dataset: AnyDataset, tasks: dict[str, Task]) -> None:
-    if not isinstance(dataset, dict):
-        raise ValueError(
-            f"tasks= needs a dict of data sets by task name, such as {{{next(iter(tasks))!r}: dataset}}; got "
-            f"{type(dataset).__name__}."
-        )
-    if unknown := sorted(set(dataset) - set(tasks)):
-        raise ValueError(f"The data sets {unknown} have no task. Tasks: {sorted(tasks)}.")
-    for name, rows in dataset.items():
-        check_contrastive_columns(rows, name)

@@ -1,4 +1,4 @@
-"""Training arguments: sentence-transformers' own, and which stage of NV-Embed's recipe this is."""
+"""Training arguments: sentence-transformers' own, and the decisions of NV-Embed's recipe."""
 
 from __future__ import annotations
 
@@ -9,18 +9,32 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 
 @dataclass
 class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
-    """Adds two fields, read where ``LLMEmbedTrainer`` gets ``tasks``.
+    """Adds what ``LLMEmbedTrainer`` reads where it gets ``tasks``.
 
     Args:
         stage: 1 for retrieval with in-batch and hard negatives; 2 for everything blended, own hard negatives only.
         temperature: of the contrastive loss.
+        in_batch_negatives: True or False for every task. Default: in stage 1 where the task allows them, in stage 2
+            nowhere.
+        blended: whether a batch draws from all tasks, as NV-Embed's do, or a step from one, the same on all processes.
+            Default: in stage 2.
+        sampling_temperature: a task's share goes by its size to the power 1 / this; above 1, shares are more even.
+        false_negative_margin: leave out in-batch negatives that score above this share of the positive, such as 0.95.
+        mini_batch_size: embed so many texts at a time, twice, to fit a large batch into memory (GradCache).
+        gather_across_devices: whether other processes' rows count for in-batch negatives.
 
     Raises:
-        ValueError: for another stage, or a temperature that is not positive.
+        ValueError: for another stage, or a number that is not positive.
     """
 
     stage: int = field(default=1, metadata={"help": "1: in-batch and hard negatives. 2: own hard negatives only."})
     temperature: float = field(default=0.02, metadata={"help": "Temperature of the contrastive loss."})
+    in_batch_negatives: bool | None = field(default=None, metadata={"help": "For every task. Default: by stage."})
+    blended: bool | None = field(default=None, metadata={"help": "All tasks in a batch. Default: in stage 2."})
+    sampling_temperature: float = field(default=1.0, metadata={"help": "Tasks' shares by size ** (1 / this)."})
+    false_negative_margin: float | None = field(default=None, metadata={"help": "Share of the positive's score."})
+    mini_batch_size: int | None = field(default=None, metadata={"help": "Texts embedded at a time (GradCache)."})
+    gather_across_devices: bool = field(default=False, metadata={"help": "In-batch negatives of all processes."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,5 +43,9 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
                 f"stage={self.stage!r} is unknown. Valid stages: 1 (retrieval, in-batch and hard negatives) and 2 "
                 "(everything, own hard negatives only)."
             )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature!r} must be positive.")
+        for name in ("temperature", "sampling_temperature", "false_negative_margin", "mini_batch_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r} must be positive.")
+        if self.blended is None:
+            self.blended = self.stage == 2

@@ -16,8 +16,8 @@ REPOSITORY = ROOT.parent
 # Lower layers first; a file imports from its own layer or a lower one. modules and hub import nothing of ours.
 LAYERS = [
     {"modules", "version", "demo_search", "hub"},
-    {"tasks", "gguf", "data", "report", "averaging"},
-    {"model", "losses", "training_args", "evaluation", "architectures"},
+    {"tasks", "gguf", "data", "report", "averaging", "sampler"},
+    {"model", "losses", "training_args", "evaluation", "architectures", "collator"},
     {"trainer", "convert"},
     {"demo"},
     {"cli"},

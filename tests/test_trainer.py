@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
 from transformers import TrainerCallback
 
 from st_llm_embed import (
@@ -24,6 +25,7 @@ from st_llm_embed import (
     build_model,
 )
 from st_llm_embed.data import consecutive_texts, sentences
+from st_llm_embed.losses.instruction_contrastive import NONE
 from st_llm_embed.tasks import encoding_prompts
 
 DOCS = Task("docs", "Given a question, retrieve passages that answer it")
@@ -73,9 +75,9 @@ def test_both_stages_train_every_weight_and_save_the_prompts(llm, tmp_path, stag
     before = parameters(model)
     data = {"docs": rows(), "topics": rows(1)}
     trainer = LLMEmbedTrainer(model, arguments(tmp_path, stage=stage, max_steps=4), data, tasks=[DOCS, TOPICS])
-    assert trainer.loss["docs"].in_batch_negatives == (stage == 1)
-    assert trainer.loss["topics"].in_batch_negatives is False
-    assert trainer.loss["docs"].scale == pytest.approx(50)
+    assert trainer.loss.in_batch_negatives == (stage == 1)
+    assert trainer.groups == {"docs": 0 if stage == 1 else NONE, "topics": NONE}
+    assert trainer.loss.scale == pytest.approx(50)
     trainer.train()
     assert moved(model, before) == set(before)
     suffix = {"nv-embed": "", "llara": "{text} The next sentence:"}[recipe]
@@ -315,6 +317,64 @@ def test_the_best_checkpoint_comes_back(llm, tmp_path):
     assert trainer.evaluate()["eval_docs_loss"] == pytest.approx(max(losses.values()), rel=1e-4)
 
 
+def test_a_blended_batch_is_its_rows_each_under_its_own_prompt(llm, tmp_path):
+    """Both sides of a symmetric task, a plain document, fewer negatives than the others: as if tokenized alone."""
+    model = build_model(llm)
+    data = {"docs": rows(2), "topics": rows(1)}
+    for side in ("right", "left"):
+        model.tokenizer.padding_side = side
+        args = arguments(tmp_path, stage=1, blended=True)
+        collator = LLMEmbedTrainer(model, args, data, tasks=[DOCS, TOPICS]).data_collator
+        mixed = [("docs", 0), ("topics", 3), ("docs", 5)]
+        batch = collator([{**data[name][i], "dataset_name": name} for name, i in mixed])
+        assert batch["dataset_name"] == "docs, topics"
+        for column in ("anchor", "positive", "negative_1", "negative_2"):
+            features = {key: batch[f"{column}_{key}"] for key in ("input_ids", "attention_mask")}
+            mask = batch.get(f"{column}_instruction_mask", torch.zeros_like(features["input_ids"]))
+            for row, (name, i) in enumerate(mixed):
+                task = DOCS if name == "docs" else TOPICS
+                text = data[name][i].get(column, "")
+                prompt = task.prompt if column == "anchor" or (name == "topics" and text) else None
+                alone = model.preprocess([text], prompt=prompt)
+                real = features["attention_mask"][row].bool()
+                assert features["input_ids"][row][real].tolist() == alone["input_ids"][0].tolist()
+                wanted = alone.get("instruction_mask", torch.zeros_like(alone["input_ids"]))
+                assert mask[row][real].tolist() == wanted[0].tolist()
+        assert batch["label"][:, 0].tolist() == [0, NONE, 0] and (batch["label"][:, 1] == NONE).all()
+        assert batch["label"][1, -1] == NONE and (batch["label"][[0, 2], 2:] != NONE).all()
+
+
+def test_in_batch_negatives_and_blending_may_be_set_for_an_ablation(llm, tmp_path):
+    model, data = build_model(llm), {"docs": rows(2), "topics": rows(2)}
+    for stage, on, blended, groups in (
+        (1, None, False, [0, NONE]),
+        (2, None, True, [NONE, NONE]),
+        (2, True, True, [0, 1]),
+        (1, False, False, [NONE, NONE]),
+    ):
+        args = arguments(tmp_path, stage=stage, in_batch_negatives=on)
+        trainer = LLMEmbedTrainer(model, args, data, tasks=[DOCS, TOPICS])
+        assert list(trainer.groups.values()) == groups and trainer.args.blended == blended
+        assert trainer.loss.in_batch_negatives == (groups != [NONE, NONE])
+
+
+def test_a_loss_that_is_no_number_stops_with_its_place(llm, tmp_path):
+    model = build_model(llm)
+    trainer = LLMEmbedTrainer(model, arguments(tmp_path), {"docs": rows()}, tasks=[DOCS])
+    with torch.no_grad():
+        model[0].model.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="loss of task 'docs' is nan at step 1. Its batch .*about cats"):
+        trainer.train()
+
+
+def test_tasks_take_a_loss_around_the_loss(llm, tmp_path):
+    model = build_model(llm)
+    before = parameters(model)
+    loss = MatryoshkaLoss(model, InstructionContrastiveLoss(model, in_batch_negatives=False), [32, 8])
+    LLMEmbedTrainer(model, arguments(tmp_path, stage=2), {"docs": rows()}, loss=loss, tasks=[DOCS]).train()
+    assert moved(model, before) == set(before)
+
+
 def bad(**columns):
     return Dataset.from_dict(columns)
 
@@ -344,12 +404,19 @@ def test_bad_arguments_are_refused(llm, tmp_path):
         LLMEmbedTrainer(model, args, rows(), tasks=[DOCS])
     with pytest.raises(ValueError, match=r"\['other'\] have no task. Tasks: \['docs'\]"):
         LLMEmbedTrainer(model, args, {"other": rows()}, tasks=[DOCS])
-    with pytest.raises(ValueError, match="leave out loss=, args.prompts and args.router_mapping"):
-        LLMEmbedTrainer(model, args, {"docs": rows()}, loss=PretextLoss(model), tasks=[DOCS])
+    with pytest.raises(ValueError, match="leave out args.prompts and args.router_mapping"):
+        LLMEmbedTrainer(model, arguments(tmp_path, prompts="Query: "), {"docs": rows()}, tasks=[DOCS])
+    for bad_task, bad_rows in ((TOPICS, rows(0)), (DOCS, rows(0))):
+        with pytest.raises(ValueError, match="without in-batch negatives, and its data set has no negatives. Mine"):
+            in_stage = arguments(tmp_path, stage=1 if bad_task is TOPICS else 2)
+            LLMEmbedTrainer(model, in_stage, {bad_task.name: bad_rows}, tasks=[bad_task])
+    with pytest.raises(ValueError, match="has 2 columns of negatives, and its task asks for negatives=7"):
+        LLMEmbedTrainer(model, args, {"docs": rows()}, tasks=[replace(DOCS, negatives=7)])
     with pytest.raises(ValueError, match=r"stage=3 is unknown. Valid stages: 1"):
         arguments(tmp_path, stage=3)
-    with pytest.raises(ValueError, match="temperature=0 must be positive"):
-        arguments(tmp_path, temperature=0)
+    for name in ("temperature", "sampling_temperature", "false_negative_margin", "mini_batch_size"):
+        with pytest.raises(ValueError, match=f"{name}=0 must be positive"):
+            arguments(tmp_path, **{name: 0})
     with pytest.raises(ValueError, match="PretextLoss reads 'text', 'next' and perhaps 'target'"):
         LLMEmbedTrainer(model, args, bad(sentence=["a"]), loss=PretextLoss(model))
     stream = IterableDataset.from_generator(

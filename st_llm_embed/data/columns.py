@@ -9,7 +9,8 @@ from datasets import Dataset, IterableDataset, Value
 
 
 def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, negatives: int | None = None) -> None:
-    """Demand ``anchor, positive`` and then ``negative`` or ``negative_1, negative_2, ...``, all non-empty text.
+    """Demand ``anchor, positive``, then ``negative`` or ``negative_1, negative_2, ...``, all non-empty text, and
+    perhaps ``label``, the class as a number.
 
     Args:
         dataset: the rows.
@@ -20,7 +21,7 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, neg
         ValueError: naming the data set, the column and the row, and the fix.
     """
     columns = list(dataset.column_names or [])
-    found = columns[2:]
+    found = [column for column in columns[2:] if column != "label"]
     named = found == ["negative"] or all(re.fullmatch(r"negative_\d+", column) for column in found)
     if columns[:2] != ["anchor", "positive"] or not named:
         raise ValueError(
@@ -33,7 +34,7 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, neg
             f"Data set {name!r} has {len(found)} columns of negatives, and its task asks for negatives={negatives}. "
             f"Fix: build it with negatives={negatives}, mine them, or make the task with negatives={len(found)}."
         )
-    _check_text(dataset, name, columns)
+    _check_text(dataset, name, [column for column in columns if column != "label"])
 
 
 def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None:
