@@ -30,8 +30,9 @@ from st_llm_embed.demo import bundled_llm
 from st_llm_embed.evaluation import bm25_scores, model_scores, retrieval_test
 
 SEEDS = (0, 1, 2)
+BATCH = 8
 TESTS = ("cranfield", "scifact", "trecqa")
-DISTRACTORS = 1000  # documents beside the relevant ones, the same for every model
+DISTRACTORS = 500  # documents beside the relevant ones, the same for every model
 
 
 class AutoregressiveLoss(PretextLoss):
@@ -74,7 +75,7 @@ def train(model: SentenceTransformer, variant: str, rows: Dataset, seed: int, ar
     args = LLMEmbedTrainingArguments(
         str(arguments.output / "scratch"),
         max_steps=arguments.steps,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=BATCH,
         learning_rate=arguments.learning_rate,
         warmup_steps=arguments.steps // 10,
         lr_scheduler_type="cosine",
@@ -100,9 +101,9 @@ def run(variant: str, seed: int, tests: list[InformationRetrievalEvaluator], arg
         if VARIANTS[variant]:
             source = str(arguments.data / "wikipedia_en" / "train.jsonl.gz")
             paragraphs = load_dataset("json", data_files=source, split="train", streaming=True)
-            stream = consecutive_texts(paragraphs, document_column="doc", max_characters=400)
+            stream = consecutive_texts(paragraphs, document_column="doc", max_characters=300)
             rows = Dataset.from_list(list(stream.take(50_000))).shuffle(seed)
-            losses = train(model, variant, rows.select(range(16 * arguments.steps)), seed, arguments)
+            losses = train(model, variant, rows.select(range(BATCH * arguments.steps)), seed, arguments)
         results = {test.name: model_scores(test, model)["ndcg@10"] for test in tests}
         file.write_text(json.dumps({"results": results, "losses": losses}, indent=1))
     return json.loads(file.read_text())
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets, in the layout of BEIR")
     parser.add_argument("--output", type=Path, required=True, help="folder for results; runs in it are kept")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
