@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         print(f"st-llm-embed: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -50,6 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("source", help="Hub id or folder of the checkpoint")
     convert.add_argument("output", help="folder to write; must not exist, or be empty")
     convert.set_defaults(run=_convert)
+    train = commands.add_parser(
+        "train",
+        help="train a model in stages, as a configuration says",
+        description="Run the stages of a configuration (pretext, retrieval, blended, in any order), saving after each "
+        "and going on where a killed run stopped. Several processes: accelerate launch -m st_llm_embed train CONFIG.",
+    )
+    train.add_argument("config", type=Path, help="YAML file; st_llm_embed/stages.py shows one")
+    train.set_defaults(run=_train)
     average = commands.add_parser(
         "average",
         help="average the weights of several checkpoints of a model",
@@ -99,6 +107,12 @@ def _convert(arguments: argparse.Namespace) -> None:
     licence = " Its weights are licensed under CC-BY-NC-4.0: no commercial use." if nv_embed else ""
     print(f"Wrote {folder}.{licence}")
     print(f'Load it with SentenceTransformer("{folder}", trust_remote_code=True).')
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.stages import train_stages
+
+    print(f"Wrote {train_stages(arguments.config)}.")
 
 
 def _average(arguments: argparse.Namespace) -> None:

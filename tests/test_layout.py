@@ -19,7 +19,7 @@ LAYERS = [
     {"tasks", "gguf", "data", "report", "averaging", "sampler"},
     {"model", "losses", "training_args", "evaluation", "architectures", "collator"},
     {"trainer", "convert"},
-    {"demo"},
+    {"demo", "stages"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -1,0 +1,209 @@
+"""A whole training run as one configuration: pretext, stage 1, stage 2, in any order, each begun where the last ended.
+
+    output: runs/nv-embed
+    model: {base: HuggingFaceTB/SmolLM2-135M, recipe: nv-embed, lora: true, max_seq_length: 256}
+    arguments: {per_device_train_batch_size: 64, learning_rate: 2.0e-5}
+    data:
+      wikipedia: {read: consecutive_texts, documents: wikipedia.jsonl.gz, split: sentences}
+      scifact: {read: from_beir, folder: scifact}
+      moods: {read: from_class_examples, source: moods.jsonl, instruction: Tell the mood, kind: classification}
+    stages:
+      - {name: pretext, data: [wikipedia], arguments: {max_steps: 1000}}
+      - {name: retrieval, data: [scifact], arguments: {stage: 1, num_train_epochs: 1}}
+      - {name: blended, data: [scifact, moods], arguments: {stage: 2, num_train_epochs: 1}}
+
+A data set names its builder in ``st_llm_embed.data`` and that builder's arguments; beside them the settings of its
+``Task``, unless ``known_task`` knows its name. Each stage leaves ``output/NUMBER-NAME/model``. A run that was killed
+is started again with the same configuration: finished stages are kept, and the one in between goes on from its last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from sentence_transformers import SentenceTransformer
+from transformers import set_seed
+
+from st_llm_embed import data as builders
+from st_llm_embed.hub import written_beside
+from st_llm_embed.losses import PretextLoss
+from st_llm_embed.model import build_model
+from st_llm_embed.tasks import Task, known_task
+from st_llm_embed.trainer import LLMEmbedTrainer
+from st_llm_embed.training_args import LLMEmbedTrainingArguments
+
+PRETEXT = "consecutive_texts"
+READERS: dict[str, Callable[..., Any]] = {
+    "load_dataset": load_dataset,
+    "load_from_disk": load_from_disk,
+    **{name: getattr(builders, name) for name in builders.__all__ if name.startswith("from_")},
+}
+TASK_SETTINGS = {field.name for field in fields(Task)} - {"name", "negatives"}
+KEYS = {"output": str, "model": dict, "data": dict, "stages": list, "arguments": dict, "seed": int}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Args:
+        name: of its folder.
+        data: names of the configuration's data sets; one of ``consecutive_texts`` makes it a pretext stage.
+        arguments: of ``LLMEmbedTrainingArguments``, over those of the configuration.
+        loss: of ``PretextLoss``, in a pretext stage.
+    """
+
+    name: str
+    data: list[str]
+    arguments: dict[str, Any]
+    loss: dict[str, Any]
+
+
+def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
+    """Run all stages, or what is left of them.
+
+    Args:
+        config: the configuration, or the path of a YAML file with it.
+
+    Returns:
+        The folder of the last stage's model, for ``SentenceTransformer(folder, trust_remote_code=True)``.
+
+    Raises:
+        ValueError: for a configuration that says something unknown, or whose output belongs to another one; all data
+            sets are read and checked before the first step.
+    """
+    settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) if isinstance(config, str | Path) else config
+    stages = _read_stages(settings)
+    output = Path(settings["output"])
+    if int(os.environ.get("RANK", 0)) == 0:
+        _claim(output, settings)
+    data = {name: _read_data(name, dict(how)) for name, how in settings["data"].items() if _is_used(name, stages)}
+    seed = settings.get("seed", 0)
+    set_seed(seed)
+    model = build_model(**settings["model"])
+    previous = None
+    for number, stage in enumerate(stages, 1):
+        folder = output / f"{number}-{stage.name}"
+        if not (folder / "model").is_dir():
+            if previous:
+                _carry_over(previous, model)
+            set_seed(seed + number)  # adapters' dropout, and nothing else, depends on it
+            arguments = {"report_to": [], "seed": seed, **settings.get("arguments", {}), **stage.arguments}
+            trainer = _trainer(stage, model, data, LLMEmbedTrainingArguments(str(folder), **arguments))
+            trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+            if trainer.is_world_process_zero():
+                with written_beside(folder / "model") as staged:
+                    model.save_pretrained(str(staged))
+            trainer.accelerator.wait_for_everyone()
+        previous = folder / "model"
+    return previous
+
+
+def _read_stages(settings: Mapping[str, Any]) -> list[Stage]:
+    wrong = [key for key, value in settings.items() if not isinstance(value, KEYS.get(key, ()))]
+    missing = [key for key in ("output", "model", "data", "stages") if key not in settings]
+    if wrong or missing:
+        raise ValueError(
+            f"The configuration lacks {missing}, and has unknown or misshapen {wrong}. It takes "
+            + ", ".join(f"{key} ({kind.__name__})" for key, kind in KEYS.items())
+            + "; see st_llm_embed.stages."
+        )
+    stages = []
+    for entry in settings["stages"]:
+        if unknown := sorted(set(entry) - {field.name for field in fields(Stage)}):
+            raise ValueError(
+                f"The stage {entry} has unknown settings {unknown}: it takes name, data, arguments, loss."
+            )
+        stage = Stage(entry["name"], entry["data"], entry.get("arguments", {}), entry.get("loss", {}))
+        if absent := sorted(set(stage.data) - set(settings["data"])):
+            raise ValueError(f"Stage {stage.name!r} names the data sets {absent}. Known: {sorted(settings['data'])}.")
+        stages.append(stage)
+    return stages
+
+
+def _claim(output: Path, settings: Mapping[str, Any]) -> None:
+    """Make the output this configuration's."""
+    file, text = output / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=True)
+    if file.is_file():
+        if file.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"{output} holds a run of another configuration ({file}). Choose another output, or remove that one."
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} holds something that is no run of this command. Choose another output.")
+    else:
+        with written_beside(file) as staged:
+            staged.write_text(text, encoding="utf-8")
+
+
+def _is_used(name: str, stages: list[Stage]) -> bool:
+    return any(name in stage.data for stage in stages)
+
+
+def _read_data(name: str, how: dict[str, Any]) -> Dataset | IterableDataset | tuple[Dataset, Task]:
+    """Pretext rows, or a task's rows and the task."""
+    reader = how.pop("read", None)
+    if reader == PRETEXT:
+        return builders.consecutive_texts(_documents(how.pop("documents")), _split(how.pop("split", None)), **how)
+    if reader not in READERS:
+        raise ValueError(
+            f"Data set {name!r} has read={reader!r}. Valid: {', '.join([PRETEXT, *READERS])}, of st_llm_embed.data "
+            "and of datasets."
+        )
+    of_task = {key: how.pop(key) for key in TASK_SETTINGS & set(how)}
+    task = Task(name, **of_task) if "instruction" in of_task else replace(known_task(name), **of_task)
+    return READERS[reader](**how), task
+
+
+def _documents(source: str) -> Dataset | IterableDataset:
+    if Path(source).is_file():
+        return load_dataset("json", data_files=source, split="train", streaming=True)
+    return load_dataset(source, split="train", streaming=True)
+
+
+def _split(name: str | int | None) -> Callable[[str], list[str]]:
+    """``paragraphs``, ``sentences``, or windows of so many characters."""
+    if isinstance(name, int):
+        return builders.windows(name)
+    known = {None: builders.paragraphs, "paragraphs": builders.paragraphs, "sentences": builders.sentences}
+    if name not in known:
+        raise ValueError(f"split={name!r} is unknown. Valid: paragraphs, sentences, or a number of characters.")
+    return known[name]
+
+
+def _trainer(
+    stage: Stage, model: SentenceTransformer, data: Mapping[str, Any], args: LLMEmbedTrainingArguments
+) -> LLMEmbedTrainer:
+    chosen = {name: data[name] for name in stage.data}
+    if all(isinstance(of, tuple) for of in chosen.values()):
+        rows = {name: of for name, (of, _) in chosen.items()}
+        return LLMEmbedTrainer(model, args, rows, tasks=[task for _, task in chosen.values()])
+    if len(chosen) > 1:
+        raise ValueError(
+            f"Stage {stage.name!r} has pretext rows beside others: {stage.data}. Give them one stage each."
+        )
+    return LLMEmbedTrainer(model, args, *chosen.values(), loss=PretextLoss(model, **stage.loss))
+
+
+def _carry_over(folder: Path, model: SentenceTransformer) -> None:
+    """The weights that a stage ended with; strict, so that another model's are not taken for them."""
+    model.load_state_dict(SentenceTransformer(str(folder), device="cpu", trust_remote_code=True).state_dict())
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest one that was written to its end: the trainer's state comes last."""
+    whole = []
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        try:
+            whole.append((json.loads(state.read_text(encoding="utf-8"))["global_step"], str(state.parent)))
+        except json.JSONDecodeError:  # killed while writing it
+            continue
+    return max(whole)[1] if whole else None

@@ -1,0 +1,214 @@
+"""A whole run from one configuration: what it leaves, and that neither SIGKILL nor a second process changes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from st_llm_embed.cli import main
+from st_llm_embed.data import windows
+from st_llm_embed.stages import READERS, _last_checkpoint, _split, train_stages
+
+QUIET = {
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "linear",
+}
+ANIMALS = ["cat", "dog", "fox", "moon", "mat", "list", "number", "passage"]
+
+
+def write_lines(file: Path, rows: list[dict]) -> str:
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture
+def settings(llm, tmp_path) -> dict:
+    """Pretext on documents, retrieval with in-batch negatives, everything blended; the LLM by LoRA."""
+    data = tmp_path / "data"
+    data.mkdir()
+    documents = [
+        {"text": f"The {a} sat. The {b} jumped over it. And the {a} barked."} for a in ANIMALS for b in ANIMALS
+    ]
+    pairs = [
+        {"query": f"where is {a} {n}", "pos": [f"the {a} number {n} sat"], "neg": [f"the {b} jumped {n}", f"{n} dogs"]}
+        for a, b in zip(ANIMALS, ANIMALS[1:], strict=False)
+        for n in range(4)
+    ]
+    texts = [{"text": f"{a} text number {n}", "label": a} for a in ANIMALS for n in range(4)]
+    return {
+        "output": str(tmp_path / "run"),
+        "model": {"base": llm, "recipe": "nv-embed", "num_latents": 4, "lora": True, "max_seq_length": 64},
+        "arguments": {**QUIET, "per_device_train_batch_size": 4},
+        "data": {
+            "documents": {
+                "read": "consecutive_texts",
+                "documents": write_lines(data / "documents.jsonl", documents),
+                "split": "sentences",
+            },
+            "pairs": {
+                "read": "from_judged_queries",
+                "source": write_lines(data / "pairs.jsonl", pairs),
+                "negatives": 2,
+                "instruction": "Find it",
+            },
+            "banking77": {
+                "read": "from_class_examples",
+                "source": write_lines(data / "texts.jsonl", texts),
+                "negatives": 1,
+            },
+        },
+        "stages": [
+            {"name": "pretext", "data": ["documents"], "arguments": {"max_steps": 2}},
+            {"name": "retrieval", "data": ["pairs"], "arguments": {"stage": 1, "max_steps": 3}},
+            {
+                "name": "blended",
+                "data": ["pairs", "banking77"],
+                "arguments": {"stage": 2, "max_steps": 9, "save_steps": 1, "save_total_limit": 2},
+            },
+        ],
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.name}/{name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def test_three_stages_and_what_they_leave(settings, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    assert main(["train", str(file)]) == 0
+    last = tmp_path / "run" / "3-blended" / "model"
+    assert capsys.readouterr().out.endswith(f"Wrote {last}.\n")
+    stages = [tmp_path / "run" / name / "model" for name in ("1-pretext", "2-retrieval", "3-blended")]
+    first, second, third = map(weights, stages)
+    trained = {name for name in first if "lora_" in name}
+    assert trained and all((first[name] != second[name]).any() for name in trained)
+    assert all((second[name] != third[name]).any() for name in third)
+    model = SentenceTransformer(str(last), trust_remote_code=True)
+    assert model.prompts["query"] == model.prompts["pairs"] == "Instruct: Find it\nQuery: "
+    assert model.prompts["banking77"].startswith("Instruct: ")
+    # Finished stages are kept; the last one, removed, comes out the same from the second's weights.
+    seconds = stages[1].stat().st_mtime_ns
+    last.rename(tmp_path / "before")
+    for checkpoint in last.parent.glob("checkpoint-*"):
+        checkpoint.rename(tmp_path / checkpoint.name)
+    assert train_stages(file) == last and stages[1].stat().st_mtime_ns == seconds
+    for name, tensor in weights(last).items():
+        torch.testing.assert_close(tensor, third[name], atol=1e-6, rtol=0)
+
+
+def test_a_configuration_that_makes_no_sense_is_refused(settings, tmp_path):
+    def changed(**changes) -> dict:
+        return {**settings, "output": str(tmp_path / "other"), **changes}
+
+    stage = settings["stages"][0]
+    for wrong, message in (
+        (changed(steps=3), r"has unknown or misshapen \['steps'\]. It takes output \(str\), model"),
+        (changed(stages={}), r"misshapen \['stages'\]"),
+        (changed(stages=[{**stage, "data": ["absent"]}]), r"'pretext' names the data sets \['absent'\]. Known: "),
+        (changed(stages=[{**stage, "steps": 3}]), r"has unknown settings \['steps'\]: it takes name"),
+        (changed(stages=[{**stage, "data": ["documents", "pairs"]}]), "has pretext rows beside others"),
+        (
+            changed(data={"documents": {"read": "eval"}}, stages=[stage]),
+            "has read='eval'. Valid: consecutive",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_stages(wrong)
+    train_stages(changed(stages=[stage], output=settings["output"]))
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        train_stages(changed(stages=[stage], output=settings["output"], seed=1))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds something that is no run of this command"):
+        train_stages(changed(output=str(tmp_path / "full")))
+
+
+def test_splits_and_readers_by_name():
+    assert _split(7)("a cat sat down") == windows(7)("a cat sat down")
+    assert _split("sentences")("A cat. A dog.") == ["A cat.", "A dog."] and _split(None)("a\n\nb") == ["a", "b"]
+    with pytest.raises(ValueError, match="split='words' is unknown"):
+        _split("words")
+    assert {"from_beir", "from_nli", "load_from_disk"} < set(READERS) and "eval" not in READERS
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_resumed(tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_is_as_if_never_killed(settings, tmp_path):
+    """SIGKILL in the middle of an epoch of the last stage, twice."""
+    whole = train_stages({**settings, "output": str(tmp_path / "whole")})
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "st_llm_embed", "train", str(file)]
+    folder = Path(settings["output"]) / "3-blended"
+    for step in (2, 5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (folder / f"checkpoint-{step}" / "trainer_state.json").is_file():
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folder / "model").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    expected = weights(whole)
+    for name, tensor in weights(folder / "model").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
+    losses = []
+    for run in (whole.parent, folder):
+        state = json.loads((Path(_last_checkpoint(run)) / "trainer_state.json").read_text())
+        losses.append([row["loss"] for row in state["log_history"]])
+    assert len(losses[0]) == 9 and losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(settings, tmp_path):
+    """DDP on gloo, half the batch each and negatives gathered, against the whole batch in one process."""
+    losses = []
+    for processes in (1, 2):
+        output = tmp_path / f"with-{processes}"
+        arguments = {**settings["arguments"], "per_device_train_batch_size": 8 // processes}
+        arguments |= {"gather_across_devices": True, "mini_batch_size": 3, "max_grad_norm": 0.0}
+        whole = {**settings, "output": str(output), "arguments": arguments, "stages": settings["stages"][1:]}
+        for stage in whole["stages"]:
+            stage["arguments"]["save_steps"] = 3
+        whole["model"] = {**settings["model"], "lora": False}
+        file = tmp_path / f"config-{processes}.yaml"
+        file.write_text(yaml.safe_dump(whole))
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29611"]
+        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "st_llm_embed", "train", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        history = []
+        for name in ("1-retrieval", "2-blended"):
+            state = json.loads((Path(_last_checkpoint(output / name)) / "trainer_state.json").read_text())
+            history += [row["loss"] for row in state["log_history"] if "loss" in row]
+        losses.append(history)
+    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], abs=1e-3)
+    one, two = (weights(tmp_path / f"with-{n}" / "2-blended" / "model") for n in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
