@@ -23,7 +23,7 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str) -> 
             "'negative', or 'negative_1', 'negative_2', ... Fix: dataset.rename_columns({'query': 'anchor', ...})"
             ".select_columns(['anchor', 'positive', ...])."
         )
-    _check_text(dataset, name, columns)
+    check_text(dataset, name, columns)
 
 
 def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None:
@@ -38,10 +38,10 @@ def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None
             f"Data set {name!r} has the columns {columns}. PretextLoss reads 'text' and 'next', in this order. Fix: "
             "st_llm_embed.data.consecutive_paragraphs(documents) makes them from raw documents."
         )
-    _check_text(dataset, name, columns, may_be_empty=("next",))
+    check_text(dataset, name, columns, may_be_empty=("next",))
 
 
-def _check_text(
+def check_text(
     dataset: Dataset | IterableDataset, name: str, columns: list[str], may_be_empty: tuple[str, ...] = ()
 ) -> None:
     if isinstance(dataset, Dataset) and len(dataset) == 0:
