@@ -28,6 +28,7 @@ class EmbeddingShards:
     files: list[Path]
     shard_size: int
     rows: int
+    dim: int
 
     def __len__(self) -> int:
         return self.rows
@@ -40,12 +41,10 @@ class EmbeddingShards:
     def take(self, rows: np.ndarray) -> np.ndarray:
         """``(len(rows), dim)``: the vectors of these rows, and no others read."""
         shard, row = np.divmod(rows, self.shard_size)
-        vectors = None
+        vectors = np.empty((len(rows), self.dim), np.float32)
         for i in np.unique(shard):
-            mapped = np.load(self.files[i], mmap_mode="r")
-            if vectors is None:
-                vectors = np.empty((len(rows), mapped.shape[1]), mapped.dtype)
-            vectors[shard == i] = mapped[row[shard == i]]
+            here = shard == i
+            vectors[here] = np.load(self.files[i], mmap_mode="r")[row[here]]
         return vectors
 
 
@@ -91,7 +90,8 @@ class EmbeddingCache:
         key = self._model_hash.copy()
         key.update(repr((encode.__name__, prompt, self.model.prompts)).encode())
         # To two decimals: the last bits differ between machines.
-        key.update(np.rint(100 * vectors(CHECK_TEXTS)).astype(np.int8))
+        checked = vectors(CHECK_TEXTS)
+        key.update(np.rint(100 * checked).astype(np.int8))
         files = []
         for start in trange(0, len(rows), self.shard_size, desc=encode.__name__, unit="shard", disable=None):
             batch = list(texts[rows[start : start + self.shard_size]]["text"])
@@ -110,4 +110,4 @@ class EmbeddingCache:
                 with written_beside(file) as staged:
                     np.save(staged, found)
             files.append(file)
-        return EmbeddingShards(files, self.shard_size, len(rows))
+        return EmbeddingShards(files, self.shard_size, len(rows), checked.shape[1])

@@ -35,18 +35,21 @@ FORMS = ("stock", "here", "here, FAISS", "here, cached")
 
 def write_data(folder: Path, documents: int = 100_000, anchors: int = 1000) -> None:
     """The data set, the corpus and the teacher."""
-    lines: dict[str, None] = {}
+    splitter = Whitespace()
+    lines: dict[tuple[str, ...], str] = {}  # by their words: the same in another order would tie
     for file in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if "site-packages" not in file.parts and len(lines) < documents:
             text = file.read_text(encoding="utf-8", errors="replace")
-            lines.update((" ".join(line.split()), None) for line in text.splitlines() if len(line.split()) > 3)
-    corpus = list(lines)[:documents]
+            for line in text.splitlines():
+                if len(line.split()) > 3:
+                    words = sorted(word for word, _ in splitter.pre_tokenize_str(line))
+                    lines.setdefault(tuple(words), " ".join(line.split()))
+    corpus = list(dict.fromkeys(lines.values()))[:documents]
     step = len(corpus) // anchors
     rows = {"anchor": corpus[::step][:anchors], "positive": corpus[1::step][:anchors]}
     asked = set(rows["anchor"])  # which stock would take for negatives
     Dataset.from_dict({"text": [line for line in corpus if line not in asked]}).save_to_disk(folder / "corpus")
     Dataset.from_dict(rows).save_to_disk(folder / "rows")
-    splitter = Whitespace()
     words = dict.fromkeys(word for line in corpus for word, _ in splitter.pre_tokenize_str(line))
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = splitter
@@ -73,7 +76,7 @@ def run(form: str, folder: Path) -> None:
     print(json.dumps({"seconds": seconds, "megabytes": added / 1024, "rows": mined.to_list()}))
 
 
-def main(rounds: int = 5) -> None:
+def main(rounds: int = 3) -> None:
     """Print one table of medians."""
     with tempfile.TemporaryDirectory() as temporary:
         write_data(Path(temporary))
