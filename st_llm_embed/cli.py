@@ -6,8 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from st_llm_embed.version import __version__
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +73,36 @@ def _parser() -> argparse.ArgumentParser:
     average.add_argument("--method", default="equal", help="equal or slerp (default: %(default)s)")
     average.add_argument("--weights", type=float, nargs="+", help="a number for each checkpoint (default: all equal)")
     average.set_defaults(run=_average)
+    mine = commands.add_parser(
+        "mine",
+        help="add hard negatives to a data set",
+        description="Let a teacher model rank a corpus for every anchor, and take the hardest texts that score well "
+        "below its positive. Writes train.jsonl, report.json and histogram.png.",
+    )
+    rows = "a JSON lines file, a folder that save_to_disk wrote, or a Hub id (its split train)"
+    mine.add_argument("data", help=f"{rows} with the columns anchor and positive")
+    mine.add_argument("teacher", help="Hub id or folder of a sentence-transformers model")
+    mine.add_argument("--output", type=Path, required=True, help="folder to write; must not exist, or be empty")
+    mine.add_argument("--corpus", help=f"{rows} with the column text, to search besides the positives")
+    mine.add_argument("--num-negatives", type=int, default=7, help="of each row (default: %(default)s)")
+    mine.add_argument(
+        "--relative-margin",
+        type=_margin,
+        default=0.05,
+        help="a negative scores lower than the positive by this share of it, or none (default: %(default)s)",
+    )
+    mine.add_argument(
+        "--absolute-margin", type=_margin, help="and by this difference of cosines, or none (default: none)"
+    )
+    mine.add_argument("--range-min", type=int, default=0, help="skip so many of the hardest (default: %(default)s)")
+    mine.add_argument("--range-max", type=int, default=100, help="candidates of each anchor (default: %(default)s)")
+    mine.add_argument("--query-prompt", help="of the anchors (default: the teacher's own)")
+    mine.add_argument("--corpus-prompt", help="of the documents (default: the teacher's own)")
+    mine.add_argument("--batch-size", type=int, default=32, help="texts encoded at once (default: %(default)s)")
+    mine.add_argument("--use-faiss", action="store_true", help="search with FAISS on the CPU")
+    mine.add_argument("--cache-folder", help="keep the vectors here: an interrupted run goes on, another starts ahead")
+    mine.add_argument("--trust-remote-code", action="store_true", help="run the teacher's own code")
+    mine.set_defaults(run=_mine)
     demo = commands.add_parser(
         "demo",
         help="adapt, train, evaluate, write and reload a model, offline",
@@ -120,6 +154,60 @@ def _average(arguments: argparse.Namespace) -> None:
 
     folder = average_checkpoints(arguments.checkpoints, arguments.output, arguments.method, arguments.weights)
     print(f"Wrote the average of {len(arguments.checkpoints)} checkpoints to {folder}.")
+
+
+def _mine(arguments: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from sentence_transformers import SentenceTransformer
+
+    from st_llm_embed.hub import demand_empty, written_beside
+    from st_llm_embed.mining import mine_negatives
+
+    try:
+        from st_llm_embed.report import draw_mining
+    except ModuleNotFoundError as error:
+        raise ImportError(f"The picture needs {error.name!r}. Fix: pip install 'st-llm-embed[plots]'.") from error
+
+    target = arguments.output.resolve()
+    demand_empty(target)
+    sources = {key: getattr(arguments, key) for key in ("data", "teacher", "corpus")}
+    not_settings = {*sources, "output", "trust_remote_code", "run"}
+    settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
+    rows, report = mine_negatives(
+        _load_rows(arguments.data),
+        SentenceTransformer(arguments.teacher, trust_remote_code=arguments.trust_remote_code),
+        _load_rows(arguments.corpus) if arguments.corpus else None,
+        **settings,
+    )
+    with written_beside(target) as staged:
+        staged.mkdir()
+        rows.to_json(staged / "train.jsonl")
+        draw_mining(report, staged / "histogram.png")
+        text = json.dumps({"settings": {**sources, **settings}, **asdict(report)}, indent=2)
+        (staged / "report.json").write_text(text + "\n", encoding="utf-8")
+    print(f"Wrote {len(rows)} of {report.rows} rows to {target / 'train.jsonl'}.")
+    print(f"Of {report.candidates} candidates were dropped, by rule: {report.dropped}.")
+
+
+def _margin(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def _load_rows(source: str) -> Dataset:
+    """A JSON lines file, a folder of ``save_to_disk``, or what ``load_dataset`` makes of a folder or Hub id."""
+    from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if Path(source).is_file():
+            return load_dataset("json", data_files=source, split="train")
+        if Path(source, "state.json").is_file():
+            return Dataset.load_from_disk(source)
+        return load_dataset(source, split="train")
+    except DatasetsError as error:
+        raise ValueError(f"{source} could not be read as a data set: {error.__cause__ or error}") from error
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a run of the demo leaves for people to read: a table, a picture, and the model card's own part."""
+"""What a run leaves for people to read: the demo's table, picture and part of the model card, and mining's picture."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import importlib.resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from sentence_transformers import SentenceTransformer
+
+from st_llm_embed.mining import BINS, MiningReport
 
 
 def card_section(model: SentenceTransformer, report: dict[str, Any], name: str) -> str:
@@ -73,4 +76,19 @@ def draw_report(report: dict[str, Any], file: Path) -> None:
     axes[-1].set(title="nDCG@10, held-back modules", xlim=(0, 1.15 * max(bar.get_width() for bar in bars)))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+def draw_mining(report: MiningReport, file: Path) -> None:
+    """The cosines of the positives and of the mined negatives as two histograms in one picture."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for name, counts in report.histograms.items():
+        share = np.array(counts) / sum(counts)
+        axis.stairs(share, BINS, fill=True, alpha=0.5, label=f"{name} (mean {report.scores[name]['mean']:.2f})")
+    seen = np.flatnonzero(np.sum(list(report.histograms.values()), axis=0))
+    axis.set(xlim=(BINS[seen[0]], BINS[seen[-1] + 1]), xlabel="cosine with the anchor", ylabel="share")
+    axis.set_title(f"{report.rows - report.rows_dropped} of {report.rows} rows mined")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)

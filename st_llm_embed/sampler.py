@@ -52,9 +52,10 @@ class TaskBatchSampler(Sampler[list[int]]):
         temperature: 1 for shares by size, larger for more even ones.
         seed: of the order.
 
+    A task with fewer rows than a step takes gives smaller steps.
+
     Raises:
-        ValueError: for a task with fewer rows than one step takes (unless blended), or whose rows repeat so many texts
-            that no step can be filled.
+        ValueError: for fewer rows than processes, or a task whose rows repeat so many texts that no step is filled.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class TaskBatchSampler(Sampler[list[int]]):
     ) -> None:
         self.sources = list(sources)
         self.batch_size = batch_size
-        self.step_size = batch_size * num_processes
+        self.num_processes = num_processes
         self.blended = blended
         self.seed = seed
         self.epoch = 0
@@ -78,16 +79,16 @@ class TaskBatchSampler(Sampler[list[int]]):
         self._texts = [text_numbers(source.rows) if source.distinct else None for source in self.sources]
         shares = np.array([s.weight * n ** (1 / temperature) for s, n in zip(self.sources, sizes, strict=True)])
         self._shares = shares / shares.sum()
-        self.steps = sum(sizes) // self.step_size
-        if not blended:
-            for source, size in zip(self.sources, sizes, strict=True):
-                if size < self.step_size:
-                    raise ValueError(
-                        f"Task {source.name!r} has {size} rows, and a step takes {self.step_size} of one task "
-                        f"({batch_size} on {num_processes} processes). Lower the batch size, or blend the tasks."
-                    )
-        if not self.steps:
-            raise ValueError(f"The data sets have {sum(sizes)} rows together, and a step takes {self.step_size}.")
+        self.steps = max(1, sum(sizes) // (batch_size * num_processes))
+        # The same number of rows on each process.
+        available = [sum(sizes)] * len(sizes) if blended else sizes
+        self._step_sizes = [min(batch_size, rows // num_processes) * num_processes for rows in available]
+        for source, rows, step_size in zip(self.sources, available, self._step_sizes, strict=True):
+            if not step_size:
+                raise ValueError(
+                    f"Task {source.name!r} has {rows} rows for {num_processes} processes, of which each takes one or "
+                    "more. Give it more rows, or blend the tasks."
+                )
 
     @property
     def sampler(self) -> TaskBatchSampler:
@@ -98,23 +99,24 @@ class TaskBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.steps * self.step_size // self.batch_size
+        return self.steps * self.num_processes
 
     def __iter__(self) -> Iterator[list[int]]:
         streams = [self._stream(number) for number in range(len(self.sources))]
         put_off: list[deque[int]] = [deque() for _ in self.sources]
         order = self._generator("order")
-        units = self.steps * self.step_size if self.blended else self.steps
-        schedule = order.permutation(np.repeat(np.arange(len(self.sources)), apportion(self._shares, units)))
-        per_step = self.step_size if self.blended else 1
+        per_step = self._step_sizes[0] if self.blended else 1
+        counts = apportion(self._shares, self.steps * per_step)
+        schedule = order.permutation(np.repeat(np.arange(len(self.sources)), counts))
         for begin in range(0, len(schedule), per_step):
             wanted = schedule[begin : begin + per_step]
             if not self.blended:
-                wanted = np.repeat(wanted, self.step_size)
+                wanted = np.repeat(wanted, self._step_sizes[wanted[0]])
             seen: list[set[int]] = [set() for _ in self.sources]
             step = [self._next_row(number, streams[number], put_off[number], seen[number]) for number in wanted]
-            for start in range(0, self.step_size, self.batch_size):
-                yield step[start : start + self.batch_size]
+            size = len(step) // self.num_processes
+            for start in range(0, len(step), size):
+                yield step[start : start + size]
 
     def _generator(self, purpose: str) -> np.random.Generator:
         digest = blake2b(f"{self.seed}\n{self.epoch}\n{purpose}".encode(), digest_size=8).digest()
@@ -142,8 +144,8 @@ class TaskBatchSampler(Sampler[list[int]]):
                 if len(put_off) > max(LOOK_AHEAD, len(texts)):
                     name = self.sources[number].name
                     raise ValueError(
-                        f"Task {name!r} has too few different texts for a step of {self.step_size} rows without "
-                        "repetition. Lower the batch size, or turn its in-batch negatives off: "
+                        f"Task {name!r} has too few different texts for a step of {self._step_sizes[number]} rows "
+                        "without repetition. Lower the batch size, or turn its in-batch negatives off: "
                         f"Task({name!r}, ..., in_batch_negatives=False)."
                     )
         seen.update(texts[row].tolist())

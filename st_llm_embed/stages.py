@@ -32,7 +32,22 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
-from st_llm_embed import data as builders
+from st_llm_embed.data import (
+    consecutive_texts,
+    from_beir,
+    from_class_examples,
+    from_class_labels,
+    from_columns,
+    from_judged_queries,
+    from_ms_marco,
+    from_ms_marco_triples,
+    from_nli,
+    from_parallel_text,
+    from_sts,
+    paragraphs,
+    sentences,
+    windows,
+)
 from st_llm_embed.hub import written_beside
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import build_model
@@ -40,12 +55,24 @@ from st_llm_embed.tasks import Task, known_task
 from st_llm_embed.trainer import LLMEmbedTrainer
 from st_llm_embed.training_args import LLMEmbedTrainingArguments
 
-PRETEXT = "consecutive_texts"
 READERS: dict[str, Callable[..., Any]] = {
-    "load_dataset": load_dataset,
-    "load_from_disk": load_from_disk,
-    **{name: getattr(builders, name) for name in builders.__all__ if name.startswith("from_")},
+    reader.__name__: reader
+    for reader in (
+        from_beir,
+        from_class_examples,
+        from_class_labels,
+        from_columns,
+        from_judged_queries,
+        from_ms_marco,
+        from_ms_marco_triples,
+        from_nli,
+        from_parallel_text,
+        from_sts,
+        load_dataset,
+        load_from_disk,
+    )
 }
+PRETEXT = consecutive_texts.__name__
 TASK_SETTINGS = {field.name for field in fields(Task)} - {"name", "negatives"}
 KEYS = {"output": str, "model": dict, "data": dict, "stages": list, "arguments": dict, "seed": int}
 
@@ -83,9 +110,9 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
     settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) if isinstance(config, str | Path) else config
     stages = _read_stages(settings)
     output = Path(settings["output"])
+    data = {name: _read_data(name, dict(how)) for name, how in settings["data"].items() if _is_used(name, stages)}
     if int(os.environ.get("RANK", 0)) == 0:
         _claim(output, settings)
-    data = {name: _read_data(name, dict(how)) for name, how in settings["data"].items() if _is_used(name, stages)}
     seed = settings.get("seed", 0)
     set_seed(seed)
     model = build_model(**settings["model"])
@@ -152,7 +179,7 @@ def _read_data(name: str, how: dict[str, Any]) -> Dataset | IterableDataset | tu
     """Pretext rows, or a task's rows and the task."""
     reader = how.pop("read", None)
     if reader == PRETEXT:
-        return builders.consecutive_texts(_documents(how.pop("documents")), _split(how.pop("split", None)), **how)
+        return consecutive_texts(_documents(how.pop("documents")), _split(how.pop("split", None)), **how)
     if reader not in READERS:
         raise ValueError(
             f"Data set {name!r} has read={reader!r}. Valid: {', '.join([PRETEXT, *READERS])}, of st_llm_embed.data "
@@ -172,8 +199,8 @@ def _documents(source: str) -> Dataset | IterableDataset:
 def _split(name: str | int | None) -> Callable[[str], list[str]]:
     """``paragraphs``, ``sentences``, or windows of so many characters."""
     if isinstance(name, int):
-        return builders.windows(name)
-    known = {None: builders.paragraphs, "paragraphs": builders.paragraphs, "sentences": builders.sentences}
+        return windows(name)
+    known = {None: paragraphs, "paragraphs": paragraphs, "sentences": sentences}
     if name not in known:
         raise ValueError(f"split={name!r} is unknown. Valid: paragraphs, sentences, or a number of characters.")
     return known[name]

@@ -16,7 +16,7 @@ REPOSITORY = ROOT.parent
 # Lower layers first; a file imports from its own layer or a lower one. modules and hub import nothing of ours.
 LAYERS = [
     {"modules", "version", "demo_search", "hub"},
-    {"tasks", "gguf", "data", "report", "averaging", "sampler"},
+    {"tasks", "gguf", "data", "report", "averaging", "sampler", "embedding_cache", "mining"},
     {"model", "losses", "training_args", "evaluation", "architectures", "collator"},
     {"trainer", "convert"},
     {"demo", "stages"},

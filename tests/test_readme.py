@@ -81,7 +81,7 @@ def test_the_links_lead_somewhere():
         assert (ROOT / target).is_file(), target
 
 
-@pytest.mark.parametrize("command", ["demo", "architectures", "convert", "average"])
+@pytest.mark.parametrize("command", ["demo", "architectures", "convert", "average", "mine"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])

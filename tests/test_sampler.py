@@ -91,11 +91,20 @@ def test_no_text_twice_in_a_step_where_rows_are_each_others_negatives(blended):
     assert any(len({text[row] for row in step}) < 6 for step in free)
 
 
+def test_few_rows_make_small_steps():
+    (batch,) = TaskBatchSampler([SOURCES[2]], 20)
+    assert sorted(batch) == list(range(8))
+    halves = list(TaskBatchSampler([source("a", 9)], 20, 2))
+    assert [len(half) for half in halves] == [4, 4] and len({row for half in halves for row in half}) == 8
+    mixed = list(TaskBatchSampler(SOURCES, 16))
+    assert {len(batch) for batch in mixed if task_of(batch[0]) == 2} <= {8} and len(mixed) == 6
+    (blended,) = TaskBatchSampler(SOURCES, 200, blended=True)
+    assert sorted(blended) == list(range(104))
+
+
 def test_what_cannot_be_filled_is_refused():
-    with pytest.raises(ValueError, match="Task 'c' has 8 rows, and a step takes 16 of one task .8 on 2 processes"):
-        TaskBatchSampler(SOURCES, 8, 2)
-    with pytest.raises(ValueError, match="have 104 rows together, and a step takes 105"):
-        TaskBatchSampler(SOURCES, 105, blended=True)
+    with pytest.raises(ValueError, match="Task 'c' has 8 rows for 9 processes, of which each takes one or more"):
+        TaskBatchSampler(SOURCES, 8, 9)
     with pytest.raises(ValueError, match="Task 'a' has too few different texts for a step of 4 rows"):
         list(TaskBatchSampler([source("a", 64, different=3)], 4))
 

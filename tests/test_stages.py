@@ -117,7 +117,7 @@ def test_three_stages_and_what_they_leave(settings, tmp_path, capsys):
 
 def test_a_configuration_that_makes_no_sense_is_refused(settings, tmp_path):
     def changed(**changes) -> dict:
-        return {**settings, "output": str(tmp_path / "other"), **changes}
+        return {**settings, "output": str(tmp_path / f"at-{time.monotonic_ns()}"), **changes}
 
     stage = settings["stages"][0]
     for wrong, message in (

@@ -34,7 +34,7 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, neg
             f"Data set {name!r} has {len(found)} columns of negatives, and its task asks for negatives={negatives}. "
             f"Fix: build it with negatives={negatives}, mine them, or make the task with negatives={len(found)}."
         )
-    _check_text(dataset, name, [column for column in columns if column != "label"])
+    check_text(dataset, name, [column for column in columns if column != "label"])
 
 
 def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None:
@@ -49,10 +49,10 @@ def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None
             f"Data set {name!r} has the columns {columns}. PretextLoss reads 'text', 'next' and perhaps 'target', in "
             "this order. Fix: st_llm_embed.data.consecutive_texts(documents) makes them from raw documents."
         )
-    _check_text(dataset, name, columns, may_be_empty=("next", "target"))
+    check_text(dataset, name, columns, may_be_empty=("next", "target"))
 
 
-def _check_text(
+def check_text(
     dataset: Dataset | IterableDataset, name: str, columns: list[str], may_be_empty: tuple[str, ...] = ()
 ) -> None:
     if isinstance(dataset, Dataset) and len(dataset) == 0:

@@ -1,0 +1,113 @@
+"""Embeddings of many texts on disk: in shards, each written whole and named by a hash of all that it depends on.
+
+A shard's name hashes the model's weights, how it encodes a few texts (its tokenizer, attention, pooling and adapters
+show there), the prompt, and the shard's own texts. So an interrupted run goes on at the next shard, a corpus that has
+grown at its end keeps what it had, and nothing else is ever taken for it. In memory is one shard of texts and vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import trange
+
+from st_llm_embed.hub import CHECK_TEXTS, written_beside
+
+
+@dataclass(frozen=True)
+class EmbeddingShards:
+    """``(rows, dim)`` in float32, as ``.npy`` files of ``shard_size`` rows (the last of them may have fewer)."""
+
+    files: list[Path]
+    shard_size: int
+    rows: int
+    dim: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def shards(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The first row's number and the vectors of one shard after another."""
+        for i, file in enumerate(self.files):
+            yield i * self.shard_size, np.load(file)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """``(len(rows), dim)``: the vectors of these rows, and no others read."""
+        shard, row = np.divmod(rows, self.shard_size)
+        vectors = np.empty((len(rows), self.dim), np.float32)
+        for i in np.unique(shard):
+            here = shard == i
+            vectors[here] = np.load(self.files[i], mmap_mode="r")[row[here]]
+        return vectors
+
+
+class EmbeddingCache:
+    """Encode texts once, into a folder.
+
+    Args:
+        model: any text model of sentence-transformers; its weights are hashed here.
+        folder: where the shards are, made if it is not there.
+        batch_size: texts encoded at once.
+        shard_size: vectors in a file.
+    """
+
+    def __init__(self, model: SentenceTransformer, folder: str | Path, batch_size: int, shard_size: int) -> None:
+        self.model = model
+        self.folder = Path(folder)
+        self.batch_size = batch_size
+        self.shard_size = shard_size
+        self._model_hash = hashlib.sha256(f"{model.max_seq_length} {model.truncate_dim}".encode())
+        for name, tensor in model.state_dict().items():
+            self._model_hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            self._model_hash.update(tensor.flatten().contiguous().cpu().view(torch.uint8).numpy())
+
+    def queries(self, texts: Dataset, rows: np.ndarray, prompt: str | None) -> EmbeddingShards:
+        """The vectors, of length 1, that ``encode_query`` gives the ``text`` of these rows."""
+        return self._encode(self.model.encode_query, texts, rows, prompt)
+
+    def documents(self, texts: Dataset, rows: np.ndarray, prompt: str | None) -> EmbeddingShards:
+        """The vectors, of length 1, that ``encode_document`` gives the ``text`` of these rows.
+
+        Raises:
+            ValueError: if one is not finite.
+        """
+        return self._encode(self.model.encode_document, texts, rows, prompt)
+
+    def _encode(
+        self, encode: Callable[..., np.ndarray], texts: Dataset, rows: np.ndarray, prompt: str | None
+    ) -> EmbeddingShards:
+        def vectors(batch: list[str]) -> np.ndarray:
+            settings = {"batch_size": self.batch_size, "show_progress_bar": False, "normalize_embeddings": True}
+            return encode(batch, prompt=prompt, **settings).astype(np.float32)
+
+        key = self._model_hash.copy()
+        key.update(repr((encode.__name__, prompt, self.model.prompts)).encode())
+        # To two decimals: the last bits differ between machines.
+        checked = vectors(CHECK_TEXTS)
+        key.update(np.rint(100 * checked).astype(np.int8))
+        files = []
+        for start in trange(0, len(rows), self.shard_size, desc=encode.__name__, unit="shard", disable=None):
+            batch = list(texts[rows[start : start + self.shard_size]]["text"])
+            name = key.copy()
+            for text in batch:
+                name.update(hashlib.sha256(text.encode()).digest())
+            file = self.folder / f"{name.hexdigest()}.npy"
+            if not file.exists():
+                found = vectors(batch)
+                if not np.isfinite(found).all():
+                    bad = batch[int(np.isfinite(found).all(axis=1).argmin())]
+                    raise ValueError(
+                        f"The model gives NaN or infinity for {bad[:80]!r}. Load it in another precision: "
+                        "SentenceTransformer(..., model_kwargs={'dtype': 'float32'})."
+                    )
+                with written_beside(file) as staged:
+                    np.save(staged, found)
+            files.append(file)
+        return EmbeddingShards(files, self.shard_size, len(rows), checked.shape[1])

