@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
@@ -29,7 +32,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention_mode import attending, set_attention_mode
+from .reference import warn_if_changed
 
+logger = logging.getLogger(__name__)
+REQUIREMENTS = {
+    "sentence-transformers": {"specifier": ">=6.0", "reason": "the module interface that the saved files use"},
+    "transformers": {"specifier": ">=5.2", "reason": "older versions ignore is_causal=false and attend causally"},
+}
 TEXT = "{text}"
 INSTRUCTION_MASKS = ("exact", "nv-embed")
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -90,6 +99,7 @@ class LLMBackbone(Transformer):
         self.add_eos = add_eos
         self.instruction_mask = instruction_mask
         self.probe = probe
+        self._reference: tuple[dict[str, Any], bool] | None = None  # reference.json, whether its dtype was overruled
         self._part_ids: dict[str, list[int]] = {}
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         if num_layers is not None:
@@ -259,6 +269,35 @@ class LLMBackbone(Transformer):
                 f"position_ids {tuple(position_ids.shape)} do not fit the batch: they must be "
                 f"{tuple(attention_mask.shape)}."
             )
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        super().save(output_path, *args, **kwargs)
+        # NOTE: sentence-transformers checks the requirements of what it loads, and drops them from what it saves. It
+        # writes this file before its first module.
+        file = Path(output_path) / "config_sentence_transformers.json"
+        if file.is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps({**config, "requirements": REQUIREMENTS}, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> LLMBackbone:
+        backbone = super().load(model_name_or_path, *args, **kwargs)
+        where = {k: kwargs.get(k) for k in ("token", "cache_folder", "revision")}
+        where["local_files_only"] = kwargs.get("local_files_only", False)
+        if file := cls.load_file_path(model_name_or_path, "reference.json", **where):
+            dtype = (kwargs.get("model_kwargs") or {}).get("dtype", "auto")
+            backbone._reference = json.loads(Path(file).read_text(encoding="utf-8")), dtype != "auto"
+        return backbone
+
+    def on_model_ready(self, model: SentenceTransformer) -> None:
+        """Warn if the model, now that it is whole, does not give what it gave when it was published."""
+        reference, self._reference = self._reference, None
+        if reference is None:
+            return
+        try:
+            warn_if_changed(model, *reference)
+        except Exception as error:  # whatever it is, a check must not cost the model
+            logger.warning(f"The model's embeddings could not be compared with its reference.json: {error!r}")
 
     def __repr__(self) -> str:
         return super().__repr__().replace("Transformer", type(self).__name__, 1)
