@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -17,6 +18,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from torch import nn
 
 from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_columns
+from st_llm_embed.hub import publish
 from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
 from st_llm_embed.tasks import Task, encoding_prompts
 from st_llm_embed.training_args import LLMEmbedTrainingArguments
@@ -86,6 +88,32 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
         if tasks is not None:
             self.model.prompts.update(encoding_prompts(tasks, self.model.prompts))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """``publish`` the model to ``args.hub_model_id``, sealed and checked: what the host would upload loads only
+        where this package is. ``kwargs`` are those of ``publish``, such as ``adapter="merge"``; so is what it returns,
+        on the first process.
+        """
+        if not self.is_world_process_zero():
+            return None
+        return publish(
+            self.model,
+            self.args.hub_model_id or Path(self.args.output_dir).name,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=private if private is not None else self.args.hub_private_repo,
+            exist_ok=True,
+            commit_message=commit_message,
+            **kwargs,
+        )
 
 
 def _own_copy(args: LLMEmbedTrainingArguments | None) -> LLMEmbedTrainingArguments:

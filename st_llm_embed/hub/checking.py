@@ -103,6 +103,20 @@ def check(
     return Checked(difference, _files(root))
 
 
+def load_trusted(folder: str | Path, trust_remote_code: bool = False) -> SentenceTransformer:
+    """Load a folder, running its code only if this package ships it, or if told to.
+
+    Raises:
+        FileNotFoundError: if it is no model folder.
+        ValueError: if it names or links to something outside of it, holds pickles, or has unknown code.
+    """
+    root = Path(folder)
+    demand_contained(root)
+    if has_code(root) and not trust_remote_code:
+        demand_known_code(root)
+    return SentenceTransformer(str(root), trust_remote_code=has_code(root))
+
+
 def demand_known_code(root: Path) -> None:
     """Check that whatever code loading ``root`` runs is a file that this package ships.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
@@ -110,33 +110,54 @@ def publish(
         raise ValueError(f"repo_id={repo_id!r} is not a valid name such as 'organisation/name': {error}") from error
     _demand_weights(model)
     _demand_choice(model, adapter)
-    hub = HfApi(token=token)
     if not (exist_ok or create_pr):
-        _demand_free(hub, repo_id)
+        _demand_free(HfApi(token=token), repo_id)  # before the work, not only after it
     if adapter == "merge":
         model = merge_adapter(model)
     model.model_card_data.set_model_id(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
         folder = save_sealed(model, Path(temporary) / repo_id.rpartition("/")[2], card_section)
-        demand_uploadable(folder)
-        if model.model_card_data.license is None:
+        if "license" not in (metadata_load(folder / "README.md") or {}):
             logger.warning(
                 f"The card of {repo_id!r} names no licence, so nobody may use the model. Add "
                 "model.model_card_data.set_license('apache-2.0'), or another that its base and its data allow, and "
                 "publish it again."
             )
-        with _upload_errors(repo_id):
-            repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not create_pr:
-                hub.create_branch(repo_id, branch=revision, exist_ok=True)
-            commit = hub.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                delete_patterns="*",  # an adapter or a shard of an earlier version would be loaded along
-            )
+        options = {"private": private, "exist_ok": exist_ok, "create_pr": create_pr, "revision": revision}
+        return upload(folder, repo_id, token=token, commit_message=commit_message, **options)
+
+
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    exist_ok: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Add text-embedding model",
+) -> str:
+    """Upload a folder that ``save_sealed`` wrote, in one commit: a repository never holds half of it.
+
+    Args and errors are those of ``publish``.
+    """
+    demand_uploadable(Path(folder))
+    hub = HfApi(token=token)
+    if not (exist_ok or create_pr):
+        _demand_free(hub, repo_id)
+    with _upload_errors(repo_id):
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            hub.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            delete_patterns="*",  # an adapter or a shard of an earlier version would be loaded along
+        )
     return commit.pr_url if create_pr else commit.commit_url
 
 
