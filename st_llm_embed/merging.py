@@ -39,7 +39,10 @@ def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) ->
     merged = copy.deepcopy(model)
     llm = merged.transformers_model
     # What peft's merge_and_unload does; an adapter that transformers injected has no PeftModel to call it on.
+    done: list[str] = []
     for name, layer in list(llm.named_modules()):
+        if name.startswith(tuple(done)):  # a part of one that is out of the model already
+            continue
         if isinstance(layer, AuxiliaryTrainingWrapper):
             plain = layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
         elif isinstance(layer, BaseTunerLayer):
@@ -49,6 +52,7 @@ def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) ->
             continue
         parent, _, child = name.rpartition(".")
         setattr(llm.get_submodule(parent), child, plain)
+        done.append(f"{name}.")
     del llm.peft_config
     llm._hf_peft_config_loaded = False
     llm.requires_grad_(True)

@@ -61,6 +61,19 @@ for name, options in {
         results[name] = f"{type(error).__name__}: {error}"
 print(json.dumps(results))
 """
+TRAINS = """
+import json, sys
+from datasets import Dataset
+from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, Task, build_model
+base, folder = sys.argv[1:]
+model = build_model(base, "last-token")
+data = {"docs": Dataset.from_dict({"anchor": ["a cat", "a dog"], "positive": ["meow", "woof"]})}
+options = {"push_to_hub": True, "hub_strategy": "end", "hub_model_id": "org/trained", "hub_private_repo": True}
+args = LLMEmbedTrainingArguments(folder, max_steps=1, report_to=[], use_cpu=True, save_steps=1, **options)
+trainer = LLMEmbedTrainer(model, args, data, tasks=[Task("docs", "Find it")])
+trainer.train()
+print(json.dumps(trainer.push_to_hub()))
+"""
 
 
 def run(script: str, *arguments: object, **environment: str) -> dict:
@@ -213,3 +226,13 @@ def test_the_command_publishes_what_its_folder_holds(hub, models, tmp_path):
     assert published.files["model.safetensors"] == (models["first"][1] / "model.safetensors").read_bytes()
     card = published.files["README.md"].decode()
     assert 'SentenceTransformer("org/by-command")' in card and card.count("## What this is") == 1
+
+
+@pytest.mark.slow
+def test_the_trainer_publishes_what_loads_anywhere(hub, llm, tmp_path):
+    url = run(TRAINS, llm, tmp_path / "run", **online(hub, tmp_path / "home"))
+    published = hub.repositories["org/trained"]
+    assert published.private and url == f"{hub.url}/org/trained/commit/{published.branches['main']}"
+    assert "st_llm_embed" not in published.files["modules.json"].decode() and "reference.json" in published.files
+    assert len(published.commits) == 2  # nothing was uploaded on the way
+    assert not any("training_args" in path or "checkpoint" in path for path in published.files)
