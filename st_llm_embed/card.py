@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import ModelCard, metadata_load, metadata_save
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
@@ -58,13 +58,20 @@ def inherit_license(model: SentenceTransformer) -> None:
 
 
 def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: bool) -> None:
-    """Put this package's part and ``section`` into the host's card, and make the card's own snippet one that loads."""
+    """Put this package's part and ``section`` into the host's card, and make the card's own snippet one that loads.
+
+    A model that was loaded and not trained brings the card that it had, and keeps it, but for its name and licence.
+    """
     head, heading, details = file.read_text(encoding="utf-8").partition(DETAILS)
-    if HEADING not in head:  # a published model, published again, keeps its card
+    if HEADING not in head:
         head += f"{describe(model, has_code)}\n\n" + (f"{section.strip()}\n\n" if section else "")
     if has_code:
         details = re.sub(r'(SentenceTransformer\("[^"]+")\)', r"\1, trust_remote_code=True)", details)
-    file.write_text(head + heading + details, encoding="utf-8")
+    card = model.model_card_data
+    file.write_text((head + heading + details).replace(PLACEHOLDER, card.model_id or PLACEHOLDER), encoding="utf-8")
+    metadata = metadata_load(file) or {}
+    if card.license is not None and metadata.get("license") != card.license:
+        metadata_save(file, {**metadata, "license": card.license})
 
 
 def describe(model: SentenceTransformer, has_code: bool) -> str:
@@ -93,7 +100,7 @@ def describe(model: SentenceTransformer, has_code: bool) -> str:
         pooling=pooling,
         eos=f"the token `{model.tokenizer.eos_token}`" if ends else "nothing is added",
         longest=model.max_seq_length,
-        dimension=f"{model.get_embedding_dimension()}{', of length 1,' if _normalizes(model) else ''}",
+        embedding=f"{model.get_embedding_dimension()} dimensions{', length 1' if _normalizes(model) else ''}",
         loads_with="`trust_remote_code=True`, which runs the code in this repository"
         if has_code
         else "sentence-transformers alone, no remote code",
@@ -117,9 +124,8 @@ def _pooling(module: Any) -> tuple[str, str]:
         case "PromptTokenPooling":
             return f"{LLARA} (its released code)", f"the mean over the last {settings['num_tokens']} tokens"
         case _:
-            return "", {"mean": "the mean over all tokens", "lasttoken": "the last token"}.get(
-                settings["pooling_mode"], f"`{settings['pooling_mode']}`"
-            )
+            known = {"mean": "the mean over all tokens", "lasttoken": "the last token"}
+            return "", known.get(settings.get("pooling_mode"), f"`{module!r}`")
 
 
 def _normalizes(model: SentenceTransformer) -> bool:

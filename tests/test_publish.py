@@ -36,6 +36,7 @@ attempt("branch", lambda: upload(second, "org/model", revision="v2", exist_ok=Tr
 attempt("proposal", lambda: upload(second, "org/model", create_pr=True))
 attempt("reader", lambda: upload(first, "org/other", token="{READER}"))
 attempt("wrong", lambda: upload(first, "org/other", token="hf_wrong"))
+attempt("nobody", lambda: upload(first, "org/other", token=False))
 attempt("broken", lambda: upload(first, "org/broken"))
 attempt("broken again", lambda: upload(first, "org/broken"))
 attempt("replaced", lambda: upload(second, "org/replaced", exist_ok=True))
@@ -144,7 +145,7 @@ def test_what_a_repository_held_does_not_stay(hub, models):
 def test_refusals_name_the_fix(hub):
     assert "FileExistsError: The repository 'org/model' exists and holds" in hub.uploads["again"]
     assert "exist_ok=True (--exist-ok)" in hub.uploads["again"]
-    for name in ("reader", "wrong"):
+    for name in ("reader", "wrong", "nobody"):
         assert "PermissionError: The Hub does not let this token write to 'org/other'" in hub.uploads[name]
     assert "org/other" not in hub.repositories
 
@@ -217,7 +218,8 @@ def test_what_cannot_be_published_is_refused_at_once(llm, tmp_path):
 @pytest.mark.slow
 def test_the_command_publishes_what_its_folder_holds(hub, models, tmp_path):
     environment = {**os.environ, **online(hub, tmp_path)}
-    command = [sys.executable, "-m", "st_llm_embed", "publish", str(models["first"][1]), "org/by-command", "--private"]
+    command = [sys.executable, "-m", "st_llm_embed", "publish", str(models["first"][1]), "org/by-command"]
+    command += ["--private", "--license", "mit"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     published = hub.repositories["org/by-command"]
@@ -226,6 +228,7 @@ def test_the_command_publishes_what_its_folder_holds(hub, models, tmp_path):
     assert published.files["model.safetensors"] == (models["first"][1] / "model.safetensors").read_bytes()
     card = published.files["README.md"].decode()
     assert 'SentenceTransformer("org/by-command")' in card and card.count("## What this is") == 1
+    assert "license: mit" in card and "sentence_transformers_model_id" not in card and card_errors(card) == []
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ def test_the_python_blocks_run_in_order_and_what_they_publish_loads(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         assert re.search(r"tensor\(\[\[.*,.*\]\]\)", done.stdout)
         assert (tmp_path / "my-model" / "modules.json").is_file()
+        assert "names no licence" in done.stderr and "set_license('apache-2.0')" in done.stderr
         published = hub.repositories["your-org/your-new-model"]
         assert published.private and "llm_backbone.py" in published.files
         snippet = b'SentenceTransformer("your-org/your-new-model", trust_remote_code=True)'
