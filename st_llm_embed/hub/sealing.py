@@ -4,6 +4,9 @@ sentence-transformers saves a module of an installed package by its dotted name,
 installed. ``seal`` turns such references into files of the repository, or, where stock modules do the same, into stock
 modules, which need no ``trust_remote_code``.
 
+What it adds to a stock model (the requirements, the keys for vLLM) lasts until plain sentence-transformers saves that
+model again: only modules with code of their own can write it back.
+
 It works on folders, and never on a trainer's ``checkpoint-*``: the trainer finds its best checkpoint by matching the
 dotted names with the live classes, and passes the last weights as the best where it cannot.
 """

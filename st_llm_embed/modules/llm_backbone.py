@@ -99,7 +99,7 @@ class LLMBackbone(Transformer):
         self.add_eos = add_eos
         self.instruction_mask = instruction_mask
         self.probe = probe
-        self._reference: tuple[dict[str, Any], bool] | None = None  # reference.json, whether its dtype was overruled
+        self._reference: tuple[str, bool] | None = None  # the file, and whether the caller chose another dtype
         self._part_ids: dict[str, list[int]] = {}
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         if num_layers is not None:
@@ -286,7 +286,7 @@ class LLMBackbone(Transformer):
         where["local_files_only"] = kwargs.get("local_files_only", False)
         if file := cls.load_file_path(model_name_or_path, "reference.json", **where):
             dtype = (kwargs.get("model_kwargs") or {}).get("dtype", "auto")
-            backbone._reference = json.loads(Path(file).read_text(encoding="utf-8")), dtype != "auto"
+            backbone._reference = file, dtype != "auto"
         return backbone
 
     def on_model_ready(self, model: SentenceTransformer) -> None:
@@ -294,8 +294,9 @@ class LLMBackbone(Transformer):
         reference, self._reference = self._reference, None
         if reference is None:
             return
+        file, dtype_chosen = reference
         try:
-            warn_if_changed(model, *reference)
+            warn_if_changed(model, json.loads(Path(file).read_text(encoding="utf-8")), dtype_chosen)
         except Exception as error:  # whatever it is, a check must not cost the model
             logger.warning(f"The model's embeddings could not be compared with its reference.json: {error!r}")
 
