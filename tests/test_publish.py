@@ -22,7 +22,8 @@ from st_llm_embed.hub.publishing import demand_uploadable
 UPLOADS = f"""
 import json, sys
 from huggingface_hub import ModelCard
-from st_llm_embed.hub import check, upload
+from st_llm_embed.hub import check
+from st_llm_embed.hub.publishing import upload
 first, second = sys.argv[1:]
 results = {{}}
 def attempt(name, call):

@@ -2,7 +2,7 @@
 
 from st_llm_embed.hub.checking import check, load_trusted
 from st_llm_embed.hub.folders import demand_empty, demand_room, written_beside
-from st_llm_embed.hub.publishing import publish, save_sealed, upload
+from st_llm_embed.hub.publishing import publish, save_sealed
 from st_llm_embed.hub.sealing import seal
 
 __all__ = [
@@ -13,6 +13,5 @@ __all__ = [
     "publish",
     "save_sealed",
     "seal",
-    "upload",
     "written_beside",
 ]

@@ -20,7 +20,15 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.card import finish_card, inherit_license
 from st_llm_embed.hub.checking import REFERENCE, check
-from st_llm_embed.hub.folders import demand_empty, demand_room, has_code, read_json, write_json, written_beside
+from st_llm_embed.hub.folders import (
+    demand_contained,
+    demand_empty,
+    demand_room,
+    has_code,
+    read_json,
+    write_json,
+    written_beside,
+)
 from st_llm_embed.hub.sealing import seal
 from st_llm_embed.merging import has_adapter, merge_adapter
 from st_llm_embed.modules.reference import take_reference
@@ -138,10 +146,11 @@ def upload(
     token: str | None = None,
     commit_message: str = "Add text-embedding model",
 ) -> str:
-    """Upload a folder that ``save_sealed`` wrote, in one commit: a repository never holds half of it.
+    """Upload a folder that ``save_sealed`` wrote and checked, in one commit: a repository never holds half of it.
 
     Args and errors are those of ``publish``.
     """
+    demand_contained(Path(folder))
     demand_uploadable(Path(folder))
     hub = HfApi(token=token)
     if not (exist_ok or create_pr):
