@@ -91,7 +91,8 @@ def generation(jobs: list[Job], modules: Path) -> dict[Path, dict[str, np.ndarra
         input=json.dumps(request),
         text=True,
         check=True,
-        env={**os.environ, "HF_MODULES_CACHE": str(modules)},
+        # Threads cost more than they bring on matrices this small.
+        env={**os.environ, "HF_MODULES_CACHE": str(modules), "OMP_NUM_THREADS": "1"},
     )
     return {job.source: vectors(job.source) for job in jobs}
 
