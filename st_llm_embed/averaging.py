@@ -20,7 +20,8 @@ from torch import Tensor
 from st_llm_embed.hub import demand_empty, written_beside
 
 METHODS = ("equal", "slerp")
-NOT_OF_THE_MODEL = ("*.pt", "*.pth", "*.bin", "trainer_state.json")  # the trainer's state
+# The trainer's state, and what describes the weights of the first only.
+NOT_OF_THE_MODEL = ("*.pt", "*.pth", "*.bin", "trainer_state.json", "reference.json")
 SAME = (
     "modules.json",
     "config.json",

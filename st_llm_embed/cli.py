@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         print(f"st-llm-embed: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -103,6 +103,36 @@ def _parser() -> argparse.ArgumentParser:
     mine.add_argument("--cache-folder", help="keep the vectors here: an interrupted run goes on, another starts ahead")
     mine.add_argument("--trust-remote-code", action="store_true", help="run the teacher's own code")
     mine.set_defaults(run=_mine)
+    check = commands.add_parser(
+        "check",
+        help="load a model where this package is not, and compare its vectors",
+        description="Load a folder or a Hub repository in a fresh process without this package, and compare its "
+        "embeddings with the reference.json in it, or with another form of the model. Shows its files.",
+    )
+    check.add_argument("source", help="folder or Hub id")
+    check.add_argument(
+        "--against", help="folder or Hub id that must give the same, such as the adapter of a merged model"
+    )
+    check.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    check.add_argument("--device", default="cpu", help="device to encode on (default: %(default)s)")
+    check.add_argument("--trust-remote-code", action="store_true", help="run code that this package does not ship")
+    check.set_defaults(run=_check)
+    publish = commands.add_parser(
+        "publish",
+        help="put a model on the Hugging Face Hub, checked before",
+        description="Load a model folder, seal it, check it in a fresh process without this package, and upload it. "
+        "Log in before with `hf auth login`.",
+    )
+    publish.add_argument("folder", help="folder that the trainer, save_pretrained or this package wrote")
+    publish.add_argument("repo_id", help="organisation/name")
+    publish.add_argument("--adapter", choices=["merge", "only"], help="what to do with a LoRA adapter")
+    publish.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    publish.add_argument("--exist-ok", action="store_true", help="replace what the repository holds")
+    publish.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    publish.add_argument("--revision", help="branch to commit to (default: main)")
+    publish.add_argument("--license", help="of the model, such as apache-2.0 (default: its base's)")
+    publish.add_argument("--trust-remote-code", action="store_true", help="run code that this package does not ship")
+    publish.set_defaults(run=_publish)
     demo = commands.add_parser(
         "demo",
         help="adapt, train, evaluate, write and reload a model, offline",
@@ -208,6 +238,28 @@ def _load_rows(source: str) -> Dataset:
         return load_dataset(source, split="train")
     except DatasetsError as error:
         raise ValueError(f"{source} could not be read as a data set: {error.__cause__ or error}") from error
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.hub import check
+
+    options = {"trust_remote_code": arguments.trust_remote_code, "device": arguments.device}
+    checked = check(arguments.source, arguments.against, revision=arguments.revision, **options)
+    for path, size in checked.files.items():
+        print(f"{size:>15,} {path}")
+    print(f"{sum(checked.files.values()):>15,} bytes in {len(checked.files)} files.")
+    print(f"The embeddings are the expected ones: no component differs by more than {checked.difference:.1e}.")
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.hub import load_trusted, publish
+
+    model = load_trusted(arguments.folder, arguments.trust_remote_code)
+    if arguments.license:
+        model.model_card_data.set_license(arguments.license)
+    names = ("adapter", "private", "exist_ok", "create_pr", "revision")
+    url = publish(model, arguments.repo_id, **{name: getattr(arguments, name) for name in names})
+    print(f"Published: {url}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -170,7 +170,7 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
             },
         }
         with _step("save, and load without this package", seconds):
-            save_sealed(model, staged / "model", card_section(model, report, output.name))
+            save_sealed(model, staged / "model", card_section(report))
         with _step("search in a fresh process", seconds):
             report["search"] = search_in_fresh_process(staged / "model", QUESTIONS)
             print(report["search"])

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.mining import BINS, MiningReport
 
 
-def card_section(model: SentenceTransformer, report: dict[str, Any], name: str) -> str:
-    """The model card's own part, from the template and this run's figures."""
-    template = importlib.resources.files("st_llm_embed").joinpath("model_card_template.md").read_text(encoding="utf-8")
+def card_section(report: dict[str, Any]) -> str:
+    """The model card's part on this run: training, results, limits."""
     settings, data = report["settings"], report["data"]
-    training = f"""One run of `st-llm-embed demo`, seed {settings["seed"]}, batches of {settings["batch_size"]} rows
+    return f"""## How it was trained
+
+One run of `st-llm-embed demo`, seed {settings["seed"]}, batches of {settings["batch_size"]} rows
 of at most {settings["max_seq_length"]} tokens, on the documentation inside Python {report["versions"]["python"]}
 ({data["train entries"]} entries):
 
@@ -25,25 +24,19 @@ of at most {settings["max_seq_length"]} tokens, on the documentation inside Pyth
    {settings["pretext_steps"]} steps;
 2. stage 1 of [NV-Embed](https://arxiv.org/abs/2405.17428): retrieval, in-batch and hard negatives,
    {settings["stage1_steps"]} steps;
-3. stage 2: retrieval and classification, own hard negatives only, {settings["stage2_steps"]} steps."""
-    results = f"""{data["held-back queries"]} summaries of {data["held-back modules"]} held-back modules,
+3. stage 2: retrieval and classification, own hard negatives only, {settings["stage2_steps"]} steps.
+
+## Results
+
+{data["held-back queries"]} summaries of {data["held-back modules"]} held-back modules,
 searched among their {data["held-back documents"]} entries:
 
-{results_table(report["results"])}"""
-    return template.format(
-        base_model=report["base"],
-        layers=f"its first {settings['num_layers']} layers",
-        attention=model[0].attention,
-        pooling=f"latent attention pooling ({model[1].num_latents} latents, {model[1].num_heads} heads)",
-        parameters=f"{report['parameters'] / 1e6:.0f} M parameters",
-        model_name=name,
-        trust=", trust_remote_code=True",
-        example_query="how do I parse command line arguments?",
-        prompts="\n".join(f"- `{key}`: `{prompt!r}`" for key, prompt in model.prompts.items() if prompt),
-        training=training,
-        results=results,
-        limits="A demonstration: minutes of training on two CPU cores, on one library's documentation, in English.",
-    )
+{results_table(report["results"])}
+
+## Limits
+
+Its LLM's first {settings["num_layers"]} layers only. A demonstration: minutes of training on two CPU cores, on one
+library's documentation, in English."""
 
 
 def results_table(results: dict[str, dict[str, float]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -19,6 +20,7 @@ from torch.utils.data import BatchSampler, ConcatDataset
 
 from st_llm_embed.collator import TaskCollator
 from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_columns
+from st_llm_embed.hub import publish
 from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
 from st_llm_embed.losses.instruction_contrastive import NONE
 from st_llm_embed.sampler import Source, TaskBatchSampler
@@ -176,6 +178,32 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             f"The loss{task} is {loss.item()} at step {self.state.global_step + 1}. Its batch begins with the texts "
             f"{[text[:200] for text in texts]}. Lower the learning rate, raise the temperature, train in bf16 instead "
             "of fp16, or look at these rows."
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """``publish`` the model to ``args.hub_model_id``, sealed and checked: what the host would upload loads only
+        where this package is. ``kwargs`` are those of ``publish``, such as ``adapter="merge"``; so is what it returns,
+        on the first process.
+        """
+        if not self.is_world_process_zero():
+            return None
+        return publish(
+            self.model,
+            self.args.hub_model_id or Path(self.args.output_dir).name,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=private if private is not None else self.args.hub_private_repo,
+            exist_ok=True,
+            commit_message=commit_message,
+            **kwargs,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sentence_transformers import SentenceTransformerTrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 
 @dataclass
@@ -24,7 +25,7 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
         gather_across_devices: whether other processes' rows count for in-batch negatives.
 
     Raises:
-        ValueError: for another stage, or a number that is not positive.
+        ValueError: for another stage, a number that is not positive, or ``push_to_hub`` during training.
     """
 
     stage: int = field(default=1, metadata={"help": "1: in-batch and hard negatives. 2: own hard negatives only."})
@@ -49,3 +50,9 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
                 raise ValueError(f"{name}={value!r} must be positive.")
         if self.blended is None:
             self.blended = self.stage == 2
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy={self.hub_strategy.value!r} uploads checkpoints, whose modules load only where this "
+                "package is installed; sealed they could not be resumed from. Use hub_strategy='end', which publishes "
+                "the model once, when save_model or push_to_hub is called."
+            )

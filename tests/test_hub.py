@@ -3,104 +3,77 @@
 from __future__ import annotations
 
 import json
-import os
+import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TEXTS
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
-from st_llm_embed import build_model, publish
-from st_llm_embed.hub import check, save_sealed, seal
-from st_llm_embed.model import RECIPES
+from st_llm_embed import build_model
+from st_llm_embed.cli import main
+from st_llm_embed.hub import check, load_trusted, save_sealed, seal
+from st_llm_embed.hub.checking import demand_known_code
+from st_llm_embed.merging import merge_adapter
 
-STOCK_RECIPES = {"mean", "last-token"}
-STRANGER = """
+LOAD = """
 import sys
 sys.modules["st_llm_embed"] = None
-import json, numpy
-from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-source, copy, trust, train = sys.argv[1:]
-model = SentenceTransformer(source, trust_remote_code=trust == "True", device="cpu")
-if train == "True":
-    quiet = {"report_to": [], "use_cpu": True}
-    args = SentenceTransformerTrainingArguments(copy + "-run", max_steps=2, learning_rate=1e-3, **quiet)
-    data = Dataset.from_dict({"anchor": ["a cat", "a dog"] * 4, "positive": ["meow", "woof"] * 4})
-    SentenceTransformerTrainer(model, args, data, loss=MultipleNegativesRankingLoss(model)).train()
-model.save_pretrained(copy)
-texts = json.loads(sys.stdin.read())
-numpy.savez(copy + ".npz", **{name: model.encode(texts, prompt=prompt) for name, prompt in model.prompts.items()})
+from sentence_transformers import SentenceTransformer
+SentenceTransformer(sys.argv[1], trust_remote_code=True)
 """
 
 
-def stranger(source: Path, copy: Path, trust: bool, train: bool = False) -> dict[str, np.ndarray]:
-    """Plain sentence-transformers in a process without this package: load, perhaps fine-tune, save again, encode."""
-    subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, str(source), str(copy), str(trust), str(train)],
-        input=json.dumps(TEXTS),
-        text=True,
-        check=True,
-        env={**os.environ, "HF_MODULES_CACHE": f"{copy}-modules"},
-    )
-    with np.load(f"{copy}.npz") as vectors:
-        return dict(vectors)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_three_generations_without_this_package(llm, tmp_path, recipe):
-    model = build_model(llm, recipe)
-    model.prompts["docs"] = "Instruct: find it\nQuery: " if not recipe.startswith("llara") else "{text} In one word:"
-    first = save_sealed(model, tmp_path / "first")
-    stock = recipe in STOCK_RECIPES
-    types = [entry["type"] for entry in json.loads((first / "modules.json").read_text())]
-    assert all("st_llm_embed" not in name for name in types)
-    assert all(name.startswith("sentence_transformers.") for name in types) == stock
-    assert bool(list(first.glob("*.py"))) == (not stock)
-    copied = stranger(first, tmp_path / "second", trust=not stock)
-    assert set(copied) == set(model.prompts)
-    for name, vectors in copied.items():
-        np.testing.assert_allclose(vectors, model.encode(TEXTS, prompt=model.prompts[name]), atol=1e-5)
-    tuned = stranger(tmp_path / "second", tmp_path / "third", trust=not stock, train=True)
-    again = stranger(tmp_path / "third", tmp_path / "fourth", trust=not stock)
-    for name in model.prompts:
-        np.testing.assert_allclose(again[name], tuned[name], atol=1e-5)
-        assert np.abs(tuned[name] - copied[name]).max() > 1e-4
-
-
-@pytest.mark.parametrize("recipe", ["nv-embed", "mean"])
-def test_an_adapter_alone_keeps_its_attention_mode(llm, tmp_path, recipe):
+def test_an_adapter_alone_keeps_its_attention_mode(llm, tmp_path):
     """Its config.json is the base model's, which is causal."""
-    model = build_model(llm, recipe)
+    model = build_model(llm, "mean")
     model.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     folder = save_sealed(model, tmp_path / "adapter")  # compares the vectors
     assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
 
 
 def test_unsealed_needs_the_package_and_sealed_needs_trust(llm, tmp_path):
-    model = build_model(llm)
-    model.save_pretrained(str(tmp_path / "plain"))
-    with pytest.raises(subprocess.CalledProcessError):
-        stranger(tmp_path / "plain", tmp_path / "copy", trust=True)
-    sealed = save_sealed(model, tmp_path / "sealed")
+    folder = str(tmp_path / "model")
+    build_model(llm).save_pretrained(folder)
+    loaded = subprocess.run([sys.executable, "-I", "-c", LOAD, folder], capture_output=True, text=True)
+    assert loaded.returncode and "No module named 'st_llm_embed.modules'" in loaded.stderr
+    seal(tmp_path / "model")
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        SentenceTransformer(str(sealed))
+        SentenceTransformer(str(tmp_path / "model"))
 
 
-def test_sealing_twice_changes_nothing(llm, tmp_path):
-    for recipe in ("nv-embed", "mean"):
-        folder = save_sealed(build_model(llm, recipe), tmp_path / recipe)
-        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        seal(folder)
-        assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
-        assert not any(str(tmp_path).encode() in content for content in before.values())  # no absolute paths
-        config = json.loads(before[folder / "config_sentence_transformers.json"])
-        assert set(config["requirements"]) == {"sentence-transformers", "transformers"}
+@pytest.mark.parametrize("recipe", ["nv-embed", "mean"])
+def test_sealing_twice_changes_nothing(llm, tmp_path, recipe):
+    folder = tmp_path / recipe
+    build_model(llm, recipe).save_pretrained(str(folder))
+    seal(folder)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    seal(folder)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert not any(str(tmp_path).encode() in content for content in before.values())  # no absolute paths
+    config = json.loads(before[folder / "config_sentence_transformers.json"])
+    assert set(config["requirements"]) == {"sentence-transformers", "transformers"}
+
+
+@pytest.mark.parametrize(("recipe", "kind"), [("mean", "MEAN"), ("last-token", "LAST")])
+def test_servers_that_know_the_old_keys_pool_as_they_should(llm, tmp_path, recipe, kind):
+    """What vLLM makes of the files, by its rule: the first key whose value is true, of a module by its old name."""
+    folder = tmp_path / "model"
+    model = build_model(llm, recipe)
+    model.save_pretrained(str(folder))
+    seal(folder)
+    modules = {entry["type"]: entry["path"] for entry in json.loads((folder / "modules.json").read_text())}
+    assert "sentence_transformers.models.Normalize" in modules
+    config = json.loads((folder / modules["sentence_transformers.models.Pooling"] / "config.json").read_text())
+    first = next(key for key, value in config.items() if value is True)
+    name = first.replace("pooling_mode_", "").split("_")[0]
+    assert ("LAST" if "lasttoken" in name else name.upper()) == kind
+    again = SentenceTransformer(str(folder))
+    np.testing.assert_allclose(again.encode(TEXTS), model.encode(TEXTS), atol=1e-5)
 
 
 def test_check_notices_other_vectors(llm, tmp_path):
@@ -108,14 +81,126 @@ def test_check_notices_other_vectors(llm, tmp_path):
     folder = tmp_path / "model"
     model.save_pretrained(str(folder))
     seal(folder)
-    assert check(folder, model) <= 1e-5
+    with pytest.raises(FileNotFoundError, match="has no reference.json, so there is nothing to compare it with"):
+        check(folder)
+    checked = check(folder, model)
+    assert checked.difference <= 1e-5
+    assert checked.files == {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "is_causal": True}))
-    with pytest.raises(RuntimeError, match="gives other vectors in a fresh process"):
+    with pytest.raises(
+        RuntimeError, match="gives other vectors in a fresh process.*mask: bidirectional then, causal now"
+    ):
         check(folder, model)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(RuntimeError, match="does not load in a process without 'st_llm_embed'"):
         check(folder, model)
+
+
+@pytest.mark.slow
+def test_merged_and_adapter_forms_are_compared(llm, tmp_path, capsys):
+    model = build_model(llm, "last-token")
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapter = save_sealed(model, tmp_path / "adapter")
+    merged = save_sealed(merge_adapter(model), tmp_path / "merged")
+    assert main(["check", str(merged), "--against", str(adapter)]) == 0
+    shown = capsys.readouterr().out
+    assert "model.safetensors" in shown and "The embeddings are the expected ones" in shown
+    base = save_sealed(build_model(llm, "last-token"), tmp_path / "base")
+    assert main(["check", str(base), "--against", str(adapter)]) == 2
+    assert "gives other vectors" in capsys.readouterr().err
+
+
+def test_merging_changes_no_embedding_and_leaves_the_model(llm):
+    model = build_model(llm, "nv-embed", lora=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    before = model.encode(TEXTS, prompt="Query: ")
+    merged = merge_adapter(model)
+    np.testing.assert_allclose(merged.encode(TEXTS, prompt="Query: "), before, atol=1e-5)
+    np.testing.assert_array_equal(model.encode(TEXTS, prompt="Query: "), before)
+    plain = build_model(llm, "nv-embed")
+    assert set(merged.state_dict()) == set(plain.state_dict())
+    weights = merged[0].model.state_dict().items()
+    assert any((weight - plain[0].model.state_dict()[name]).abs().max() > 1e-3 for name, weight in weights)
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        merge_adapter(merged)
+    with pytest.raises(RuntimeError, match="merged model's embeddings differ by .*; at most -1e"):
+        merge_adapter(model, tolerance=-1.0)
+
+
+def test_merging_trained_tokens(llm):
+    model = build_model(llm, "last-token")
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[5, 6, 7]))
+    (delta,) = [parameter for name, parameter in model.named_parameters() if "trainable_tokens_delta" in name]
+    torch.nn.init.normal_(delta)
+    rows = delta.detach().clone()
+    merged = merge_adapter(model)
+    torch.testing.assert_close(merged[0].model.get_input_embeddings().weight[5:8], rows)
+
+
+def test_a_trainers_checkpoint_is_not_sealed(llm, tmp_path):
+    build_model(llm, "mean").save_pretrained(str(tmp_path / "checkpoint-12"))
+    before = (tmp_path / "checkpoint-12" / "modules.json").read_text()
+    with pytest.raises(ValueError, match="checkpoint-12 is a trainer's checkpoint. Sealed, it could not be resumed"):
+        seal(tmp_path / "checkpoint-12")
+    assert (tmp_path / "checkpoint-12" / "modules.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "message"),
+    [
+        ("../elsewhere", "sentence_transformers.models.Normalize", "names '../elsewhere', which is outside"),
+        ("/etc", "sentence_transformers.models.Normalize", "names '/etc', which is outside"),
+        ("C:\\windows", "sentence_transformers.models.Normalize", "which is outside"),
+        ("", "org/other--file.Class", "names 'org/other--file.Class', which is not a class"),
+    ],
+)
+def test_folders_that_name_what_is_outside_are_refused(tmp_path, path, kind, message):
+    (tmp_path / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": path, "type": kind}]))
+    for act in (seal, check):
+        with pytest.raises(ValueError, match=message):
+            act(tmp_path)
+
+
+def test_folders_with_links_pickles_and_indices_are_refused(tmp_path):
+    stock = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Normalize"}
+    (tmp_path / "secret").write_text("mine")
+    hostile = {}
+    for name in ("link", "pickle", "index"):
+        hostile[name] = tmp_path / name
+        hostile[name].mkdir()
+        (hostile[name] / "modules.json").write_text(json.dumps([stock]))
+    (hostile["link"] / "model.safetensors").symlink_to(tmp_path / "secret")
+    (hostile["pickle"] / "pytorch_model.bin").write_bytes(pickle.dumps(print))
+    index = {"weight_map": {"weight": "../secret"}}
+    (hostile["index"] / "model.safetensors.index.json").write_text(json.dumps(index))
+    messages = {"link": "has links that lead out of it", "pickle": "may run code when read", "index": "outside"}
+    for act in (seal, check):
+        for name, message in messages.items():
+            with pytest.raises(ValueError, match=message):
+                act(hostile[name])
+
+
+def test_code_that_is_not_this_packages_is_not_run(llm, tmp_path):
+    folder, marker = tmp_path / "model", tmp_path / "was-run"
+    build_model(llm).save_pretrained(str(folder))
+    seal(folder)
+    demand_known_code(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "other/repo--file.Class"}}))
+    with pytest.raises(ValueError, match=r"does not ship, by \['config.json'\]"):
+        check(folder, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    with open(folder / "llm_backbone.py", "a") as file:
+        file.write(f"\nopen({str(marker)!r}, 'w')\n")
+    for refused in (lambda: check(folder, folder), lambda: load_trusted(folder)):
+        with pytest.raises(ValueError, match=r"does not ship, by \['llm_backbone.py'\]"):
+            refused()
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        SentenceTransformer(str(folder))
+    assert not marker.exists()
 
 
 def test_a_full_folder_is_refused_and_an_empty_one_used(llm, tmp_path):
@@ -142,8 +227,3 @@ save_sealed(model, {str(tmp_path / "model")!r})
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert process.returncode != 0 and "File too large" in process.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_invalid_repository_names_are_refused_before_anything_is_written(llm):
-    with pytest.raises(ValueError, match="repo_id='my model' is not a valid name such as 'organisation/name'"):
-        publish(build_model(llm, "mean"), "my model")

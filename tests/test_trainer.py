@@ -426,6 +426,14 @@ def test_bad_arguments_are_refused(llm, tmp_path):
         LLMEmbedTrainer(model, args, stream, loss=PretextLoss(model))
 
 
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_uploads_during_training_are_refused(tmp_path, strategy):
+    with pytest.raises(ValueError, match=f"hub_strategy='{strategy}' uploads checkpoints.*Use hub_strategy='end'"):
+        arguments(tmp_path, push_to_hub=True, hub_strategy=strategy)
+    arguments(tmp_path, push_to_hub=True, hub_strategy="end")
+    arguments(tmp_path, hub_strategy=strategy)
+
+
 def test_arguments_do_not_leak_between_trainers(llm, tmp_path):
     """args.prompts is set by tasks; the caller's own object must not change under them."""
     args = arguments(tmp_path)

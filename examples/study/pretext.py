@@ -1,4 +1,4 @@
-"""What LLaRA's adaptation is worth before any fine-tuning: none, autoregressive alone, EBAE + EBAR, or all three.
+"""What LLaRA's adaptation is worth before any fine-tuning: none, autoregressive alone, or EBAE + EBAR.
 
     python examples/study/pretext.py --data ../shared/data --output pretext-study
 
@@ -46,7 +46,6 @@ VARIANTS: dict[str, tuple[type[PretextLoss], str] | None] = {
     "none": None,
     "AR": (AutoregressiveLoss, "release"),
     "EBAE + EBAR": (PretextLoss, "mean"),
-    "EBAE + EBAR + AR": (PretextLoss, "release"),
 }
 
 

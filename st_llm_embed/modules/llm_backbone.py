@@ -18,19 +18,33 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .attention_mode import attending, set_attention_mode
+from .reference import warn_if_changed
 
+logger = logging.getLogger(__name__)
+REQUIREMENTS = {
+    "sentence-transformers": {"specifier": ">=6.0", "reason": "the module interface that the saved files use"},
+    "transformers": {"specifier": ">=5.2", "reason": "older versions ignore is_causal=false and attend causally"},
+}
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HUB_ARGUMENTS = {"cache_dir", "token", "revision", "subfolder", "local_files_only"}
 TEXT = "{text}"
 INSTRUCTION_MASKS = ("exact", "nv-embed")
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -99,6 +113,7 @@ class LLMBackbone(Transformer):
         self.instruction_mask = instruction_mask
         self.probe = probe
         self.num_layers = num_layers
+        self._reference: tuple[str, bool] | None = None  # the file, and whether the caller chose another dtype
         self._part_ids: dict[str, list[int]] = {}
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         if num_layers is not None:
@@ -115,19 +130,21 @@ class LLMBackbone(Transformer):
         is_peft_model: bool,
         **model_kwargs: Any,
     ) -> PreTrainedModel:
-        """Load the LLM. Where an adapter trains tokens that were added, its base model gets room for them first."""
-        rows_needed = 0
-        if is_peft_model:
-            adapter = PeftConfig.from_pretrained(model_name_or_path)
-            rows_needed = 1 + max(_trained_tokens(adapter), default=-1)
-        if rows_needed <= config.get_text_config().vocab_size:
-            return super()._load_model(
-                model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs
-            )
-        base = adapter.base_model_name_or_path
-        model = super()._load_model(base, transformer_task, config, backend, is_peft_model, **model_kwargs)
-        model.resize_token_embeddings(rows_needed, mean_resizing=False)  # the adapter brings their values
-        model.load_adapter(model_name_or_path, peft_config=adapter)
+        """Load the LLM. Where an adapter came with more embeddings than its base has, the base gets room first."""
+        load = super()._load_model
+        if not is_peft_model:
+            return load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
+        where = {key: model_kwargs[key] for key in HUB_ARGUMENTS & set(model_kwargs)}
+        known = config.get_text_config().vocab_size
+        rows = _saved_embeddings(cached_file(model_name_or_path, ADAPTER_WEIGHTS, **where), known)
+        if rows == known:
+            return load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
+        # Not peft's own reader: a model without an adapter shall not need peft.
+        adapter = json.loads(Path(find_adapter_config_file(model_name_or_path, **where)).read_text(encoding="utf-8"))
+        base = adapter["base_model_name_or_path"]
+        model = load(base, transformer_task, config, backend, is_peft_model, **model_kwargs)
+        model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter brings their values
+        model.load_adapter(model_name_or_path, adapter_kwargs=where)
         return model
 
     def _set_special_tokens(self) -> None:
@@ -299,13 +316,47 @@ class LLMBackbone(Transformer):
                 f"{tuple(attention_mask.shape)}."
             )
 
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        super().save(output_path, *args, **kwargs)
+        # NOTE: sentence-transformers checks the requirements of what it loads, and drops them from what it saves. It
+        # writes this file before its first module.
+        file = Path(output_path) / "config_sentence_transformers.json"
+        if file.is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+            file.write_text(json.dumps({**config, "requirements": REQUIREMENTS}, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> LLMBackbone:
+        backbone = super().load(model_name_or_path, *args, **kwargs)
+        where = {k: kwargs.get(k) for k in ("token", "cache_folder", "revision")}
+        where["local_files_only"] = kwargs.get("local_files_only", False)
+        if file := cls.load_file_path(model_name_or_path, "reference.json", **where):
+            dtype = (kwargs.get("model_kwargs") or {}).get("dtype", "auto")
+            backbone._reference = file, dtype != "auto"
+        return backbone
+
+    def on_model_ready(self, model: SentenceTransformer) -> None:
+        """Warn if the model, now that it is whole, does not give what it gave when it was published."""
+        reference, self._reference = self._reference, None
+        if reference is None:
+            return
+        file, dtype_chosen = reference
+        try:
+            warn_if_changed(model, json.loads(Path(file).read_text(encoding="utf-8")), dtype_chosen)
+        except Exception as error:  # whatever it is, a check must not cost the model
+            logger.warning(f"The model's embeddings could not be compared with its reference.json: {error!r}")
+
     def __repr__(self) -> str:
         return super().__repr__().replace("Transformer", type(self).__name__, 1)
 
 
-def _trained_tokens(adapter: PeftConfig) -> list[int]:
-    indices = getattr(adapter, "trainable_token_indices", None) or []
-    return [index for row in indices.values() for index in row] if isinstance(indices, dict) else indices
+def _saved_embeddings(adapter_weights: str, known: int) -> int:
+    """How many rows the input embeddings have that peft saved beside an adapter: ``known`` where it saved none."""
+    with safe_open(adapter_weights, framework="pt") as tensors:
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+    return max(
+        (shape[0] for name, shape in shapes.items() if re.search(r"(embed|wte).*\.weight$", name)), default=known
+    )
 
 
 def _append_eos(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,163 @@
+"""The part of a model card that can be read off the model: how it was made of which LLM, and how to use it.
+
+sentence-transformers writes the rest (metadata, data sets, losses, evaluations, versions); this part goes before its
+"Model Details". The text is in ``model_card_template.md``.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, metadata_load, metadata_save
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+HEADING = "## What this is"
+DETAILS = "## Model Details"
+PLACEHOLDER = "sentence_transformers_model_id"
+NV_EMBED = "by the recipe of [NV-Embed](https://arxiv.org/abs/2405.17428)"
+LLARA = "by the recipe of [LLaRA](https://arxiv.org/abs/2312.15503)"
+POOLED = {
+    "mean": 'mask = batch["attention_mask"].unsqueeze(-1)\nembeddings = (states * mask).sum(dim=1) / mask.sum(dim=1)',
+    "lasttoken": 'last = batch["attention_mask"].cumsum(dim=1).argmax(dim=1)\n'
+    "embeddings = states[torch.arange(len(last)), last]",
+}
+PLAIN = """Without sentence-transformers:
+
+```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModel.from_pretrained("{name}").eval()
+texts = [{prompt!r} + "how do I parse command line arguments?", "argparse: command-line parsing library"]
+batch = tokenizer(texts, padding=True, truncation=True, max_length={longest}, return_tensors="pt")
+with torch.no_grad():
+    states = model(**batch).last_hidden_state
+{pooled}
+{normalized}print(embeddings @ embeddings.T)
+```"""
+
+
+def inherit_license(model: SentenceTransformer) -> None:
+    """Give the model's card the licence that its base's card names, if its own names none."""
+    card = model.model_card_data
+    base = card.base_model or model.transformers_model.config._name_or_path
+    if card.license is not None or not base:
+        return
+    try:
+        if Path(base).is_dir():
+            card.license = (metadata_load(Path(base) / "README.md") or {}).get("license")
+        else:
+            card.license = ModelCard.load(base).data.license
+    except (OSError, ValueError):  # no card, no such repository, no network
+        return
+
+
+def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: bool) -> None:
+    """Put this package's part and ``section`` into the host's card, and make the card's own snippet one that loads.
+
+    A model that was loaded and not trained brings the card that it had, and keeps it, but for its name and licence.
+    """
+    head, heading, details = file.read_text(encoding="utf-8").partition(DETAILS)
+    if HEADING not in head:
+        head += f"{describe(model, has_code)}\n\n" + (f"{section.strip()}\n\n" if section else "")
+    if has_code:
+        details = re.sub(r'(SentenceTransformer\("[^"]+")\)', r"\1, trust_remote_code=True)", details)
+    card = model.model_card_data
+    file.write_text((head + heading + details).replace(PLACEHOLDER, card.model_id or PLACEHOLDER), encoding="utf-8")
+    metadata = metadata_load(file) or {}
+    if card.license is not None and metadata.get("license") != card.license:
+        metadata_save(file, {**metadata, "license": card.license})
+
+
+def describe(model: SentenceTransformer, has_code: bool) -> str:
+    """Markdown: what the model is made of, how to call it, under which prompts.
+
+    Args:
+        model: backbone, pooling, and perhaps ``Normalize``.
+        has_code: its repository holds code of its own.
+    """
+    template = importlib.resources.files("st_llm_embed").joinpath("model_card_template.md").read_text(encoding="utf-8")
+    card, config = model.model_card_data, model.transformers_model.config
+    text_config = config.get_text_config()
+    settings = model[0].get_config_dict()
+    attention = settings.get("attention") or ("causal" if getattr(config, "is_causal", True) else "bidirectional")
+    ends = model.preprocess(["a"])["input_ids"][0, -1] == model.tokenizer.eos_token_id
+    recipe, pooling = _pooling(model[1])
+    name = card.model_id or PLACEHOLDER
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return template.format(
+        base=card.base_model or Path(config._name_or_path).name or "An LLM",
+        recipe=recipe or f"with {attention} attention",
+        llm=f"`{config.model_type}`, {text_config.num_hidden_layers} layers, {parameters:.3g} M parameters in all",
+        attention={"causal": "causal: a token sees those before it", "bidirectional": "bidirectional: no causal mask"}[
+            attention
+        ],
+        pooling=pooling,
+        eos=f"the token `{model.tokenizer.eos_token}`" if ends else "nothing is added",
+        longest=model.max_seq_length,
+        embedding=f"{model.get_embedding_dimension()} dimensions{', length 1' if _normalizes(model) else ''}",
+        loads_with="`trust_remote_code=True`, which runs the code in this repository"
+        if has_code
+        else "sentence-transformers alone, no remote code",
+        name=name,
+        trust=", trust_remote_code=True" if has_code else "",
+        prompts=_prompts(model),
+        transformers=_plain_usage(model, name, has_code),
+    ).strip()
+
+
+def _pooling(module: Any) -> tuple[str, str]:
+    """The recipe that a pooling belongs to, and the pooling in words. By name: published models bring their own
+    class."""
+    settings = module.get_config_dict()
+    match type(module).__name__:
+        case "LatentAttentionPooling":
+            size = f"{settings['num_latents']} latents, {settings['num_heads']} heads"
+            return NV_EMBED, f"latent attention ({size}), then the mean over the text's tokens"
+        case "PromptTokenPooling" if settings["num_tokens"] == 1:
+            return LLARA, "the last token, after the prompt"
+        case "PromptTokenPooling":
+            return f"{LLARA} (its released code)", f"the mean over the last {settings['num_tokens']} tokens"
+        case _:
+            known = {"mean": "the mean over all tokens", "lasttoken": "the last token"}
+            return "", known.get(settings.get("pooling_mode"), f"`{module!r}`")
+
+
+def _normalizes(model: SentenceTransformer) -> bool:
+    return any(isinstance(module, Normalize) for module in model)
+
+
+def _prompts(model: SentenceTransformer) -> str:
+    prompts = {name: prompt for name, prompt in model.prompts.items() if prompt}
+    if not prompts:
+        return "Texts get no prompt."
+    rows = "\n".join(f"| `{name}` | `{prompt!r}` | {_called_by(name)} |" for name, prompt in prompts.items())
+    return (
+        "It was trained with prompts; `{text}` is where the text goes, else it follows.\n\n"
+        f"| prompt | text | used by |\n| --- | --- | --- |\n{rows}"
+    )
+
+
+def _called_by(name: str) -> str:
+    if name in ("query", "document"):
+        return f"`model.encode_{name}(texts)`"
+    return f'`model.encode(texts, prompt_name="{name}")`'
+
+
+def _plain_usage(model: SentenceTransformer, name: str, has_code: bool) -> str:
+    """The same embeddings by transformers alone, where config.json and the tokenizer say it all."""
+    pooled = POOLED.get(model[1].pooling_mode) if isinstance(model[1], Pooling) else None
+    if has_code or pooled is None or getattr(model.transformers_model, "peft_config", None):
+        return ""
+    return PLAIN.format(
+        name=name,
+        prompt=model.prompts.get("query") or "",
+        longest=model.max_seq_length,
+        pooled=pooled,
+        normalized="embeddings = torch.nn.functional.normalize(embeddings)\n" if _normalizes(model) else "",
+    )

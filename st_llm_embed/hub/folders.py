@@ -1,0 +1,95 @@
+"""Model folders: written beside their target and renamed, read with suspicion.
+
+A folder from elsewhere is data. Nothing it names may lie outside it, and none of its files may run code when read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from sentence_transformers import SentenceTransformer
+
+STOCK = "sentence_transformers."
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")  # reading them may run code
+
+
+def demand_empty(folder: Path) -> None:
+    """Raise FileExistsError if ``folder`` is there and holds something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another, or remove it first.")
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """A path to write to, which becomes ``target`` at the end: an error or an interruption leaves nothing of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
+        staged = Path(temporary) / target.name
+        yield staged
+        if target.is_dir():
+            target.rmdir()
+        staged.rename(target)
+
+
+def demand_room(folder: Path, model: SentenceTransformer) -> None:
+    """Raise OSError if the disk of ``folder`` has no room for ``model``'s weights and a tenth more."""
+    needed = 1.1 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(
+            f"{folder} has {free / 1e6:,.0f} MB free, and the model needs {needed / 1e6:,.0f} MB. Make room, or "
+            "choose another folder."
+        )
+
+
+def demand_contained(root: Path, within: Path | None = None) -> None:
+    """Check that a model folder is one, that all it names lies in it, and that none of its files is a pickle.
+
+    Args:
+        root: the folder.
+        within: where its links may lead: the Hub's cache, whose folders are links. Default: ``root``.
+
+    Raises:
+        FileNotFoundError: if it has no modules.json.
+        ValueError: for a path, a link or an index that leads out of it, a class name that is none, or a pickle.
+    """
+    if not (root / "modules.json").is_file():
+        raise FileNotFoundError(f"{root} is not a folder that sentence-transformers saved: it has no modules.json.")
+    home = (within or root).resolve()
+    if links := sorted(str(file) for file in root.rglob("*") if not file.resolve().is_relative_to(home)):
+        raise ValueError(f"{root} has links that lead out of it: {links}. Copy what they point to in their place.")
+    if pickles := sorted(str(file) for pattern in PICKLES for file in root.rglob(pattern)):
+        raise ValueError(
+            f"{root} holds {pickles}, which may run code when read, and which no model needs. Weights belong into "
+            "safetensors files; what is left of a training can be removed."
+        )
+    for entry in read_json(root / "modules.json"):
+        _demand_inside(root, "modules.json", entry["path"])
+        if not all(part.isidentifier() for part in entry["type"].split(".")):
+            raise ValueError(f"{root / 'modules.json'} names {entry['type']!r}, which is not a class.")
+    for index in root.rglob("*.safetensors.index.json"):
+        for name in set(read_json(index)["weight_map"].values()):
+            _demand_inside(root, index.name, name)
+
+
+def _demand_inside(root: Path, file: str, path: str) -> None:
+    posix, windows = PurePosixPath(path), PureWindowsPath(path)
+    if posix.is_absolute() or windows.is_absolute() or ".." in (*posix.parts, *windows.parts):
+        raise ValueError(f"{root / file} names {path!r}, which is outside of the folder.")
+
+
+def has_code(root: Path) -> bool:
+    """Does loading this folder run module code of its own?"""
+    return any(not entry["type"].startswith(STOCK) for entry in read_json(root / "modules.json"))
+
+
+def read_json(file: Path) -> dict | list:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_json(file: Path, content: dict | list) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

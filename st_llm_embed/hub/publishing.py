@@ -1,0 +1,247 @@
+"""From a model in memory to a folder or a Hub repository that loads anywhere, checked before anybody sees it.
+
+save_pretrained -> seal -> reference vectors -> card -> check in a fresh process -> rename into place, or upload
+
+Nothing reaches its target that failed on the way there.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, metadata_load
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from sentence_transformers import SentenceTransformer
+
+from st_llm_embed.card import finish_card, inherit_license
+from st_llm_embed.hub.checking import REFERENCE, check
+from st_llm_embed.hub.folders import (
+    demand_contained,
+    demand_empty,
+    demand_room,
+    has_code,
+    read_json,
+    write_json,
+    written_beside,
+)
+from st_llm_embed.hub.sealing import seal
+from st_llm_embed.merging import has_adapter, merge_adapter
+from st_llm_embed.modules.reference import take_reference
+
+logger = logging.getLogger(__name__)
+ADAPTERS = ("merge", "only")
+FILE_LIMIT = 50_000_000_000  # bytes; what the Hub takes in one file
+
+
+def save_sealed(model: SentenceTransformer, folder: str | Path, card_section: str = "") -> Path:
+    """Write ``model`` as a folder that loads without this package, checked by loading it so.
+
+    Everything happens in a temporary folder beside the target, which is renamed at the end: an error or an
+    interruption leaves no half-written model. A model with a peft adapter is written as the adapter alone.
+
+    Args:
+        model: the model to write.
+        folder: must not exist, or be empty.
+        card_section: Markdown for the model card, after what the package itself says of the model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: if ``folder`` holds something.
+        OSError: if the disk has no room for it.
+        ValueError: if the model is quantised, or its weights are not there.
+        RuntimeError: if the fresh process cannot load it or gives other vectors.
+    """
+    target = Path(folder).resolve()
+    demand_empty(target)
+    _demand_weights(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    demand_room(target.parent, model)
+    inherit_license(model)
+    with written_beside(target) as staged:
+        model.save_pretrained(str(staged))
+        seal(staged)
+        write_json(staged / REFERENCE, take_reference(model))
+        finish_card(staged / "README.md", model, card_section, has_code(staged))
+        check(staged, trust_remote_code=True, device=str(model.device))
+    return target
+
+
+def publish(
+    model: SentenceTransformer,
+    repo_id: str,
+    *,
+    adapter: str | None = None,
+    private: bool | None = None,
+    exist_ok: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Add text-embedding model",
+    card_section: str = "",
+) -> str:
+    """Push ``model`` to the Hugging Face Hub, sealed and checked, so that it loads on machines without this package.
+
+    Args:
+        model: the model to publish.
+        repo_id: ``"organisation/name"``. Created if it does not exist.
+        adapter: for a model with a peft adapter: ``"merge"`` it into a copy of the LLM, or publish it alone
+            (``"only"``), to be loaded on top of its base.
+        private: whether a new repository is private. Default: the organisation's.
+        exist_ok: replace what a repository holds. (It stays in the history.)
+        create_pr: open a pull request instead.
+        revision: the branch to commit to, made if it is not there. Default: ``main``.
+        token: Hub token. Default: the one saved by ``hf auth login``.
+        commit_message: of the commit.
+        card_section: Markdown for the model card, after what the package itself says of the model.
+
+    Returns:
+        The URL of the commit, or of the pull request.
+
+    Raises:
+        ValueError: if ``repo_id`` is not a valid repository name, ``adapter`` does not fit the model, the model is
+            quantised or its weights are not there, or a file is larger than the Hub takes.
+        FileExistsError: if the repository holds something.
+        PermissionError: without a token that may write there.
+        ConnectionError: if the upload fails otherwise.
+        RuntimeError: if the saved folder fails its check; nothing is uploaded then.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id={repo_id!r} is not a valid name such as 'organisation/name': {error}") from error
+    _demand_weights(model)
+    _demand_choice(model, adapter)
+    if not (exist_ok or create_pr):
+        _demand_free(HfApi(token=token), repo_id)  # before the work, not only after it
+    if adapter == "merge":
+        model = merge_adapter(model)
+    model.model_card_data.set_model_id(repo_id)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = save_sealed(model, Path(temporary) / repo_id.rpartition("/")[2], card_section)
+        if "license" not in (metadata_load(folder / "README.md") or {}):
+            logger.warning(
+                f"The card of {repo_id!r} names no licence, so nobody may use the model. Add "
+                "model.model_card_data.set_license('apache-2.0'), or another that its base and its data allow, and "
+                "publish it again."
+            )
+        options = {"private": private, "exist_ok": exist_ok, "create_pr": create_pr, "revision": revision}
+        return upload(folder, repo_id, token=token, commit_message=commit_message, **options)
+
+
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    exist_ok: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str = "Add text-embedding model",
+) -> str:
+    """Upload a folder that ``save_sealed`` wrote and checked, in one commit: a repository never holds half of it.
+
+    Args and errors are those of ``publish``.
+    """
+    demand_contained(Path(folder))
+    demand_uploadable(Path(folder))
+    hub = HfApi(token=token)
+    if not (exist_ok or create_pr):
+        _demand_free(hub, repo_id)
+    with _upload_errors(repo_id):
+        repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            hub.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            delete_patterns="*",  # an adapter or a shard of an earlier version would be loaded along
+        )
+    return commit.pr_url if create_pr else commit.commit_url
+
+
+def demand_uploadable(folder: Path) -> None:
+    """Check that the Hub takes every file, and that an adapter's base is there too.
+
+    Raises:
+        ValueError: naming the files over the limit, or the base that is a folder of this machine.
+    """
+    large = {file.name: file.stat().st_size for file in folder.rglob("*") if file.stat().st_size > FILE_LIMIT}
+    if large:
+        raise ValueError(
+            f"The Hub takes files of at most {FILE_LIMIT / 1e9:.0f} GB, and {large} are larger (in bytes). Save the "
+            "model in half precision, or in smaller shards."
+        )
+    if (config := folder / "adapter_config.json").is_file():
+        base = read_json(config)["base_model_name_or_path"]
+        if Path(base).exists():
+            raise ValueError(
+                f"The adapter's base is {base!r}, a folder of this machine, so nobody else could load it. Publish it "
+                "with adapter='merge', or train it on a base from the Hub."
+            )
+
+
+def _demand_weights(model: SentenceTransformer) -> None:
+    if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(
+            f"{len(empty)} weights, {empty[0]!r} among them, are on the meta device: there is nothing to save. Load "
+            "the model without device_map or torch.device('meta')."
+        )
+    if model.transformers_model.config.to_dict().get("quantization_config"):
+        raise ValueError(
+            "The model is quantised, and what it would be saved as gives other vectors elsewhere. Load it without "
+            "quantization_config, and publish that."
+        )
+
+
+def _demand_choice(model: SentenceTransformer, adapter: str | None) -> None:
+    if adapter is not None and adapter not in ADAPTERS:
+        raise ValueError(f"adapter={adapter!r} is unknown. Valid values: {', '.join(ADAPTERS)}.")
+    if has_adapter(model) and adapter is None:
+        raise ValueError(
+            "The model has an adapter. Choose adapter='merge' (a model as large as its base, which loads without "
+            "peft) or adapter='only' (small; its base is downloaded along with it)."
+        )
+    if adapter is not None and not has_adapter(model):
+        raise ValueError(f"adapter={adapter!r}, but the model has no adapter. Leave it out.")
+
+
+def _demand_free(hub: HfApi, repo_id: str) -> None:
+    """An empty repository is free: an upload that was broken off leaves one."""
+    with _upload_errors(repo_id):
+        try:
+            held = set(hub.list_repo_files(repo_id)) - {".gitattributes"}
+        except RepositoryNotFoundError as error:
+            if error.response.status_code == 401:  # also what a wrong token gets
+                raise
+            return
+    if held:
+        raise FileExistsError(
+            f"The repository {repo_id!r} exists and holds {len(held)} files. Choose another name; or replace them "
+            "with exist_ok=True (--exist-ok), or propose it with create_pr=True (--create-pr)."
+        )
+
+
+@contextmanager
+def _upload_errors(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of huggingface_hub, of its HTTP client, of the network
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise PermissionError(
+                f"The Hub does not let this token write to {repo_id!r}. Log in by `hf auth login` with a token that "
+                f"may, or give one (token=). ({error})"
+            ) from error
+        raise ConnectionError(
+            f"The upload to {repo_id!r} failed. Files that arrived are not sent again: repeat it. ({error!r})"
+        ) from error

@@ -1,0 +1,128 @@
+"""Make a saved model folder independent of the packages that its modules come from.
+
+sentence-transformers saves a module of an installed package by its dotted name, which loads only where that package is
+installed. ``seal`` turns such references into files of the repository, or, where stock modules do the same, into stock
+modules, which need no ``trust_remote_code``.
+
+What it adds to a stock model (the requirements, the keys for vLLM) lasts until plain sentence-transformers saves that
+model again: only modules with code of their own can write it back.
+
+It works on folders, and never on a trainer's ``checkpoint-*``: the trainer finds its best checkpoint by matching the
+dotted names with the live classes, and passes the last weights as the best where it cannot.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from st_llm_embed.hub.folders import STOCK, demand_contained, read_json, write_json
+from st_llm_embed.modules.llm_backbone import REQUIREMENTS
+
+BACKBONE = "LLMBackbone"
+STOCK_BACKBONE = "sentence_transformers.base.modules.transformer.Transformer"
+# Their effect is in config.json and tokenizer.json, or there is none without the backbone's code.
+BACKBONE_KEYS = ("attention", "window", "add_eos", "instruction_mask", "probe", "num_layers")
+# vLLM before its pull request 54533 (issue 45995) looks for these two names, takes the first key whose value is true,
+# and else pools as its own model class does. sentence-transformers still knows the names, and drops the keys.
+LEGACY_NAMES = {
+    "Pooling": "sentence_transformers.models.Pooling",
+    "Normalize": "sentence_transformers.models.Normalize",
+}
+LEGACY_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+def seal(folder: str | Path) -> None:
+    """Turn a saved model folder into one that loads without this package. Sealing twice changes nothing.
+
+    Raises:
+        FileNotFoundError: if it is not a folder that sentence-transformers saved.
+        ValueError: if it is a trainer's checkpoint, names or links to something outside of it, holds pickles, or has a
+            module whose class cannot be found to copy its source.
+    """
+    root = Path(folder)
+    if re.fullmatch(r"checkpoint-\d+", root.name) or (root / "trainer_state.json").is_file():
+        raise ValueError(
+            f"{root} is a trainer's checkpoint. Sealed, it could not be resumed from, nor reloaded as the best one at "
+            "the end: the trainer finds it by its classes' names. Load it, and seal what save_sealed(model, folder) "
+            "writes."
+        )
+    demand_contained(root)
+    modules = read_json(root / "modules.json")
+    if _is_stock_in_effect(root, modules):
+        modules[0]["type"] = STOCK_BACKBONE
+        settings = read_json(root / "sentence_bert_config.json")
+        write_json(root / "sentence_bert_config.json", {k: v for k, v in settings.items() if k not in BACKBONE_KEYS})
+    for entry in modules:
+        if not entry["type"].startswith(STOCK):
+            entry["type"] = _ship_source(root, entry["type"])
+        elif name := LEGACY_NAMES.get(entry["type"].rpartition(".")[2]):
+            entry["type"] = name
+            if name.endswith("Pooling"):
+                _add_legacy_keys(root / entry["path"] / "config.json")
+    write_json(root / "modules.json", modules)
+    config = read_json(root / "config_sentence_transformers.json")
+    write_json(root / "config_sentence_transformers.json", {**config, "requirements": REQUIREMENTS})
+
+
+def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
+    """Would sentence-transformers' own Transformer do what the saved LLMBackbone does?
+
+    The mode is in config.json and EOS in tokenizer.json. What stock lacks is the part of a prompt after the text, and
+    the exact instruction mask, which only a pooling that leaves the prompt out reads. An adapter alone comes with its
+    base model's config.json, which knows nothing of the mode: it is stock only where the LLM is left as it was.
+    """
+    backbone, *others = modules
+    if backbone["type"].rpartition(".")[2] != BACKBONE:
+        return False
+    prompts = read_json(root / "config_sentence_transformers.json")["prompts"]
+    settings = read_json(root / "sentence_bert_config.json")
+    if settings["attention"] == "causal":
+        as_configured = settings["window"] == "keep" or not _is_adapter(root)
+    else:
+        as_configured = not _is_adapter(root) and read_json(root / "config.json").get("is_causal") is False
+    return (
+        as_configured
+        and all(entry["type"].startswith(STOCK) for entry in others)
+        and settings["add_eos"] != "nv-embed"
+        and not any("{text}" in prompt for prompt in prompts.values())
+        and all(read_json(config).get("include_prompt", True) for config in root.glob("[0-9]*_*/config.json"))
+    )
+
+
+def _is_adapter(root: Path) -> bool:
+    return (root / "adapter_config.json").is_file()
+
+
+def _add_legacy_keys(file: Path) -> None:
+    config = read_json(file)
+    modes = config["pooling_mode"]
+    modes = [modes] if isinstance(modes, str) else modes
+    write_json(file, {**{key: mode in modes for key, mode in LEGACY_POOLING.items()}, **config})
+
+
+def _ship_source(root: Path, reference: str) -> str:
+    """Copy the source of ``package.module.Class``, and the siblings it imports, to the root; give ``module.Class``."""
+    module, _, name = reference.rpartition(".")
+    if (root / f"{module}.py").is_file():  # sealed already
+        return reference
+    spec = importlib.util.find_spec(module) if module else None
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            f"The module class {reference!r} cannot be imported here, so its source cannot be shipped. Install the "
+            "package it comes from, then seal the folder again."
+        )
+    for source in (spec.origin, *get_relative_import_files(spec.origin)):
+        shutil.copy(source, root / Path(source).name)
+    return f"{module.rpartition('.')[2]}.{name}"

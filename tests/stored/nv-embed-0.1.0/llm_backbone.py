@@ -1,0 +1,359 @@
+"""A decoder-only LLM as the first module of a SentenceTransformer: text in, token embeddings out.
+
+Four things on top of sentence-transformers' ``Transformer``, whose loading, saving, prompts and truncation it keeps:
+
+- ``attention``: causal, or bidirectional as in NV-Embed (arXiv 2405.17428), windows open or kept, proven by a probe;
+- an EOS token after every text, kept by truncation;
+- the exact instruction mask: which tokens belong to the prompt, decided by character offsets, row by row;
+- prompts with a part after the text, such as LLaRA's ``"{text} The next sentence:"`` (arXiv 2312.15503).
+
+``preprocess`` gives ``input_ids`` and ``attention_mask`` ``(batch, seq)`` and, where there is a prompt,
+``instruction_mask`` ``(batch, seq)`` with 1 on the tokens to keep out of the pool. ``forward`` adds
+``token_embeddings`` ``(batch, seq, dim)``, after the LLM's final norm, and takes ``structured_mask`` ``(batch, seq,
+seq)`` with ``position_ids`` ``(batch, seq)`` in place of its own mask. Under flash attention it computes real tokens
+only, and still gives and takes padded batches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sentence_transformers.base.modules import Transformer
+from tokenizers.processors import Sequence as ProcessorSequence
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .attention_mode import attending, set_attention_mode
+
+TEXT = "{text}"
+INSTRUCTION_MASKS = ("exact", "nv-embed")
+TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+
+
+class LLMBackbone(Transformer):
+    """A decoder-only LLM with mask control.
+
+    Args:
+        model_name_or_path: a Hub id or a local folder of a decoder-only LLM.
+        attention: ``"bidirectional"`` (every token sees every token) or ``"causal"``.
+        window: what becomes of an LLM's sliding windows: ``"full"`` opens them, as NV-Embed does; ``"keep"`` keeps
+            them, symmetric where the attention is bidirectional. By default open where it is bidirectional, kept where
+            it is causal.
+        add_eos: end every text with the tokenizer's EOS token, also when it is truncated. ``"nv-embed"``: as the
+            released NV-Embed models do, in the text before it is truncated, so that long texts lose it.
+        instruction_mask: which tokens count as the prompt's. ``"exact"``: those wholly inside it, by character
+            offsets, and BOS before them. ``"nv-embed"``: as many columns as the prompt alone has tokens, from the
+            first on, as the released NV-Embed models count (one token of the prompt may stay in the pool; none is
+            kept out where padding is on the left).
+        probe: prove at each construction and loading that every layer attends as asked. It costs milliseconds; False
+            believes the saved config.
+        num_layers: keep only the first ``num_layers`` layers and the final norm. Not a saved key: the saved
+            ``config.json`` holds the new depth.
+        **kwargs: the arguments of ``sentence_transformers.base.modules.Transformer``.
+
+    Raises:
+        ValueError: for an unknown mode, a model that is not a decoder-only LLM or cannot take the mode, a tokenizer
+            without EOS or without character offsets, or ``num_layers`` outside 1..depth.
+    """
+
+    config_keys = [*Transformer.config_keys, "attention", "window", "add_eos", "instruction_mask", "probe"]
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        *,
+        attention: str = "bidirectional",
+        window: str | None = None,
+        add_eos: bool | str = True,
+        instruction_mask: str = "exact",
+        probe: bool = True,
+        num_layers: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Plain text even where the tokenizer has a chat template: Transformer would render every text as a chat.
+        kwargs.setdefault("modality_config", TEXT_ONLY)
+        kwargs.setdefault("module_output_name", "token_embeddings")
+        if instruction_mask not in INSTRUCTION_MASKS:
+            raise ValueError(
+                f"instruction_mask={instruction_mask!r} is unknown. Valid values: {', '.join(INSTRUCTION_MASKS)}."
+            )
+        if add_eos not in (True, False, "nv-embed"):
+            raise ValueError(f"add_eos={add_eos!r} is unknown. Valid values: True, False, 'nv-embed'.")
+        super().__init__(model_name_or_path, **kwargs)
+        self.attention = attention
+        self.window = window or ("keep" if attention == "causal" else "full")
+        self.add_eos = add_eos
+        self.instruction_mask = instruction_mask
+        self.probe = probe
+        self._part_ids: dict[str, list[int]] = {}
+        self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
+        if num_layers is not None:
+            keep_first_layers(self.model, num_layers)
+        set_attention_mode(self.model, attention, self.window, probe)
+        self._set_special_tokens()
+
+    def _set_special_tokens(self) -> None:
+        """Pad with something, and append EOS by the tokenizer itself, so that stock modules reload it too."""
+        tokenizer = self.tokenizer
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no character offsets, which the instruction mask needs. Save it as a "
+                "fast tokenizer (tokenizer.json) first."
+            )
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"The tokenizer of {self.model.config.model_type!r} has no EOS token. Pass "
+                "processor_kwargs={'eos_token': '<a token of its vocabulary>'}."
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if self.add_eos is True and tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+            _append_eos(tokenizer)
+
+    def preprocess(
+        self,
+        inputs: Sequence[str],
+        prompt: str | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Tokenize texts, each with the prompt around it.
+
+        Args:
+            inputs: texts.
+            prompt: put before every text; or, where it contains ``{text}``, around it, its parts tokenized by
+                themselves (but for a part before the text that ends in a space): truncation cuts the text, never
+                what is around it.
+            processing_kwargs: as in ``Transformer.preprocess``.
+
+        Raises:
+            ValueError: if the prompt leaves no room for text within ``max_seq_length``.
+        """
+        prefix, template, suffix = (prompt or "").partition(TEXT)
+        if not (prefix or suffix or self.add_eos):
+            # A text without a single token would have no embedding: it becomes EOS alone.
+            inputs = [text if text.strip() else self.tokenizer.eos_token for text in inputs]
+        elif self.add_eos == "nv-embed":
+            inputs = [text + self.tokenizer.eos_token for text in inputs]
+        # A template's parts are tokens of their own, as in LLaRA, but for a space that the first word takes along.
+        prefix_ids = self.tokenize_part(prefix) if template and prefix and not prefix[-1].isspace() else []
+        suffix_ids = self.tokenize_part(suffix) if suffix else []
+        joined = "" if prefix_ids else prefix
+        text_kwargs = dict((processing_kwargs or {}).get("text", {}))
+        if prefix or suffix:
+            max_length = text_kwargs.get("max_length") or kwargs.get("max_length") or self.max_seq_length
+            instruction_length = len(self._tokenize_once(prefix)) if prefix else 0
+            around = self.tokenizer.num_special_tokens_to_add() + instruction_length + len(suffix_ids)
+            if max_length is not None and around >= max_length:
+                raise ValueError(
+                    f"The prompt {prompt!r} takes {around} tokens with BOS and EOS, which leaves no room for text "
+                    f"within max_seq_length={max_length}. Raise max_seq_length or shorten the prompt."
+                )
+            if joined:
+                text_kwargs["return_offsets_mapping"] = True
+            if (inserted := len(prefix_ids) + len(suffix_ids)) and max_length is not None:
+                kwargs.pop("max_length", None)
+                text_kwargs["max_length"] = max_length - inserted
+        processing_kwargs = {**(processing_kwargs or {}), "text": text_kwargs}
+        features = super().preprocess(inputs, prompt=joined or None, processing_kwargs=processing_kwargs, **kwargs)
+        if joined:
+            offsets = features.pop("offset_mapping")
+            if self.instruction_mask == "exact":
+                features["instruction_mask"] = _exact_instruction_mask(offsets, features, len(prefix))
+            else:
+                # The released code keeps nothing out of the pool where it pads on the left.
+                columns = instruction_length if self.tokenizer.padding_side == "right" else 0
+                features["instruction_mask"] = features["attention_mask"].clone()
+                features["instruction_mask"][:, columns:] = 0
+        if prefix_ids:
+            self._insert_prefix(features, prefix_ids)
+        if suffix_ids:
+            self._insert_suffix(features, suffix_ids)
+        return features
+
+    def _should_flatten_inputs(self, *args: Any, **kwargs: Any) -> bool:
+        """No: ``forward`` drops the padding itself, so that masks and pooling see one form of batch."""
+        return False
+
+    def tokenize_part(self, part: str) -> list[int]:
+        """Token ids of a part of a prompt by itself, without BOS and EOS.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        ids = self._tokenize_once(part)
+        if not ids:
+            raise ValueError(f"The prompt part {part!r} has no tokens. Give it some text.")
+        return ids
+
+    def _tokenize_once(self, part: str) -> list[int]:
+        if part not in self._part_ids:
+            self._part_ids[part] = self.tokenizer(part, add_special_tokens=False)["input_ids"]
+        return self._part_ids[part]
+
+    def _insert_prefix(self, features: dict[str, Any], prefix_ids: list[int]) -> None:
+        """Put the prefix after each row's BOS; both stay out of the pool."""
+        first = features["attention_mask"].argmax(dim=1, keepdim=True)  # (batch, 1): each row's first real token
+        is_bos = (features["input_ids"].gather(1, first) == self.tokenizer.bos_token_id).long()
+        features["instruction_mask"] = torch.zeros_like(features["attention_mask"]).scatter(1, first, is_bos)
+        _insert(features, prefix_ids, first + is_bos, instruction=1)
+
+    def _insert_suffix(self, features: dict[str, Any], suffix_ids: list[int]) -> None:
+        """Put the suffix after each row's text and before its EOS."""
+        columns = torch.arange(features["input_ids"].shape[1], device=features["input_ids"].device)
+        last = (columns * features["attention_mask"]).argmax(dim=1, keepdim=True)  # (batch, 1): the last real token
+        insert_at = last + 1
+        if self.add_eos:
+            insert_at -= (features["input_ids"].gather(1, last) == self.tokenizer.eos_token_id).long()
+        _insert(features, suffix_ids, insert_at, instruction=0)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Run the LLM.
+
+        Args:
+            features: what ``preprocess`` gives; optionally ``structured_mask`` ``(batch, seq, seq)``, True where the
+                query may attend to the key, and ``position_ids`` ``(batch, seq)``.
+
+        Returns:
+            The same dict with ``token_embeddings`` ``(batch, seq, dim)``.
+
+        Raises:
+            ValueError: for a structured mask of another shape or type, one with a query that may attend to nothing or
+                one under flash attention, and for positions that do not fit or that the LLM does not take.
+        """
+        own = ("structured_mask", "instruction_mask")  # the LLM's forward takes neither
+        inputs = {key: value for key, value in features.items() if key not in own}
+        attention_mask = features["attention_mask"]
+        structured_mask, position_ids = features.get("structured_mask"), features.get("position_ids")
+        if position_ids is not None:
+            self._check_position_ids(position_ids, attention_mask)
+        elif self._takes_position_ids and (self.can_flatten_inputs or self.tokenizer.padding_side == "left"):
+            # Learned positions (gpt2) would count the padding.
+            position_ids = inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        if structured_mask is not None:
+            # It says all there is to say, padding too. Not in features: pooling reads what is there, and the
+            # gradient-cached losses embed the same dict twice.
+            inputs["attention_mask"] = torch.ones_like(attention_mask)
+        flatten = self.can_flatten_inputs and structured_mask is None and self._takes_position_ids
+        with attending(self.model, self.attention, structured_mask, position_ids):
+            outputs = super().forward(_without_padding(inputs) if flatten else inputs, **kwargs)
+        if flatten:
+            real, states = attention_mask.bool(), outputs["token_embeddings"]  # (batch, seq), (1, tokens, dim)
+            padded = states.new_zeros(*real.shape, states.shape[-1])
+            features["token_embeddings"] = padded.masked_scatter(real.unsqueeze(-1), states)
+        else:
+            given = ("attention_mask", "position_ids")  # perhaps others than the batch's own
+            features.update({key: value for key, value in outputs.items() if key not in given})
+        return features
+
+    def _check_position_ids(self, position_ids: Tensor, attention_mask: Tensor) -> None:
+        if not self._takes_position_ids:
+            raise ValueError(f"{self.config.model_type!r} counts positions by itself and takes no position_ids.")
+        if position_ids.shape != attention_mask.shape:
+            raise ValueError(
+                f"position_ids {tuple(position_ids.shape)} do not fit the batch: they must be "
+                f"{tuple(attention_mask.shape)}."
+            )
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("Transformer", type(self).__name__, 1)
+
+
+def _append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the tokenizer itself end every text with EOS, within its maximum length."""
+    backend = tokenizer.backend_tokenizer
+    eos = tokenizer.eos_token
+    # NOTE: two templates in a row lose the second one's token, so an existing template (BOS) is extended.
+    state = json.loads(backend.to_str())["post_processor"]
+    processors = state["processors"] if state and state["type"] == "Sequence" else [state]
+    for template in processors:
+        if template and template["type"] == "TemplateProcessing":
+            template["single"].append({"SpecialToken": {"id": eos, "type_id": 0}})
+            template["special_tokens"][eos] = {"id": eos, "ids": [tokenizer.eos_token_id], "tokens": [eos]}
+            processor = backend.post_processor
+            processor.__setstate__(json.dumps(state).encode())
+            backend.post_processor = processor
+            return
+    template = TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)])
+    others = [] if state is None else [backend.post_processor]
+    backend.post_processor = ProcessorSequence([*others, template])
+
+
+def _without_padding(features: dict[str, Any]) -> dict[str, Any]:
+    """A batch as one row of its real tokens, as flash attention's variable-length kernels take it."""
+    real = features["attention_mask"].bool()
+    lengths = real.sum(dim=1)
+    boundaries = nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).int()  # (batch + 1,)
+    longest = int(lengths.max())
+    return {
+        "input_ids": features["input_ids"][real].unsqueeze(0),  # (1, tokens)
+        "position_ids": features["position_ids"][real].unsqueeze(0),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def _insert(features: dict[str, Any], ids: list[int], insert_at: Tensor, instruction: int) -> None:
+    """Insert ``ids`` into each row before column ``insert_at`` ``(batch, 1)``: every row grows by the same number."""
+    batch, seq = features["input_ids"].shape
+    columns = torch.arange(seq, device=insert_at.device)
+    moved_to = columns + (columns >= insert_at) * len(ids)  # (batch, seq): where each column goes
+    new_columns = insert_at + torch.arange(len(ids), device=insert_at.device)  # (batch, len(ids))
+    new = torch.tensor(ids, device=insert_at.device).expand(batch, -1)
+    fills = {
+        "input_ids": new,
+        "attention_mask": torch.ones_like(new),
+        "instruction_mask": torch.full_like(new, instruction),
+    }
+    for key in fills.keys() & features.keys():
+        old = features[key]
+        grown = old.new_zeros(batch, seq + len(ids)).scatter(1, moved_to, old)
+        features[key] = grown.scatter(1, new_columns, fills[key])
+
+
+def _exact_instruction_mask(offsets: Tensor, features: dict[str, Any], prefix_length: int) -> Tensor:
+    """``(batch, seq)``: 1 from the first token (BOS too) to the last token that lies wholly inside the prompt.
+
+    A token that straddles the border, such as ``▁are`` of ``"Query: are"``, belongs to the text.
+    """
+    start, end = offsets.unbind(-1)  # (batch, seq), in characters of prompt + text
+    inside = (end > start) & (end <= prefix_length)
+    # Up to and including the last such token: BOS has no characters of its own, and neither has EOS after it.
+    up_to_last = inside.long().flip(1).cummax(dim=1).values.flip(1)
+    return up_to_last * features["attention_mask"]
+
+
+def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
+    """Cut the LLM to its first ``num_layers`` layers; embeddings and the final norm stay.
+
+    Raises:
+        ValueError: if ``num_layers`` is outside 1..depth.
+    """
+    config = model.config.get_text_config()
+    depth = config.num_hidden_layers
+    if not 1 <= num_layers <= depth:
+        raise ValueError(f"num_layers={num_layers} is outside 1..{depth}, the depth of {config.model_type!r}.")
+    del _decoder_layers(model)[num_layers:]
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The LLM's list of layers.
+
+    Raises:
+        ValueError: if the model has no list of as many modules as its config says it has layers.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(f"{model.config.model_type!r} has no list of {depth} layers, so it cannot be cut.")

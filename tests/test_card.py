@@ -1,0 +1,59 @@
+"""The card says what the model is: read off the model, not off the recipe's name."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from hub_server import card_errors
+from huggingface_hub import metadata_load
+from sentence_transformers.base.model_card import generate_model_card
+
+from st_llm_embed import build_model
+from st_llm_embed.card import describe, finish_card, inherit_license
+
+WORDS = {
+    "nv-embed": ["2405.17428", "| attention | bidirectional", "latent attention (512 latents, 8 heads)"],
+    "llara": ["2312.15503", "| attention | causal", "'{text} The next sentence:'` | `model.encode_query(texts)`"],
+    "llara-release": ["2312.15503", "its released code", "last 8 tokens", "nothing is added"],
+    "mean": ["with bidirectional attention", "the mean over all tokens", "AutoModel", "Texts get no prompt"],
+    "last-token": ["with causal attention", "| pooling | the last token |", "AutoModel", "the token `</s>`"],
+}
+
+
+@pytest.mark.parametrize("recipe", WORDS)
+def test_the_card_says_what_the_model_is(llm, recipe):
+    has_code = recipe not in ("mean", "last-token")
+    text = describe(build_model(llm, recipe), has_code)
+    assert all(words in text for words in WORDS[recipe]), text
+    assert ("trust_remote_code=True" in text) == has_code and ("AutoModel" in text) != has_code
+    assert "tiny-llama turned into a text-embedding model" in text and "32 dimensions, length 1" in text
+
+
+def test_the_licence_is_the_bases_unless_it_is_given(llm, tmp_path):
+    base = shutil.copytree(llm, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
+    model = build_model(base, "mean")
+    inherit_license(model)
+    assert model.model_card_data.license == "apache-2.0"
+    model.model_card_data.set_license("mit")
+    inherit_license(model)
+    assert model.model_card_data.license == "mit"
+    plain = build_model(llm, "mean")
+    inherit_license(plain)
+    assert plain.model_card_data.license is None
+
+
+def test_a_card_is_finished_once_and_keeps_its_other_parts(llm, tmp_path):
+    model = build_model(llm, "nv-embed")
+    model.model_card_data.set_license("mit")
+    file = tmp_path / "README.md"
+    file.write_text(generate_model_card(model))
+    finish_card(file, model, "## Results\n\nGood.", has_code=True)
+    once = file.read_text()
+    finish_card(file, model, "## Results\n\nGood.", has_code=True)
+    assert file.read_text() == once and once.count("## Results") == once.count("## What this is") == 1
+    assert once.count(", trust_remote_code=True)") == 2 and card_errors(once) == []
+    model.model_card_data.set_license("apache-2.0")
+    finish_card(file, model, "", has_code=True)
+    assert metadata_load(file)["license"] == "apache-2.0" and "Good." in file.read_text()
