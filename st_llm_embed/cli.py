@@ -73,6 +73,28 @@ def _parser() -> argparse.ArgumentParser:
     average.add_argument("--method", default="equal", help="equal or slerp (default: %(default)s)")
     average.add_argument("--weights", type=float, nargs="+", help="a number for each checkpoint (default: all equal)")
     average.set_defaults(run=_average)
+    merge = commands.add_parser(
+        "merge",
+        help="fold a LoRA adapter into its LLM",
+        description="Write a model with its adapter merged, after comparing the embeddings of both: nothing is "
+        "written if they differ by more than rounding.",
+    )
+    merge.add_argument("source", help="folder of a model with an adapter")
+    merge.add_argument("output", help="folder to write; must not exist, or be empty")
+    merge.add_argument("--tolerance", type=float, help="of a component (default: 1e-5, or a half's last bit)")
+    merge.add_argument("--trust-remote-code", action="store_true", help="run code that this package does not ship")
+    merge.set_defaults(run=_merge)
+    export = commands.add_parser(
+        "export",
+        help="write an adapted LLM as a plain causal LM",
+        description="Write the LLM of a model as a folder for AutoModelForCausalLM: its weights, in the base's "
+        "configuration, with the base's tokenizer.",
+    )
+    export.add_argument("source", help="folder of a model that attends causally")
+    export.add_argument("base", help="Hub id or folder of the LLM that it was built from")
+    export.add_argument("output", help="folder to write; must not exist, or be empty")
+    export.add_argument("--trust-remote-code", action="store_true", help="run code that this package does not ship")
+    export.set_defaults(run=_export)
     mine = commands.add_parser(
         "mine",
         help="add hard negatives to a data set",
@@ -184,6 +206,22 @@ def _average(arguments: argparse.Namespace) -> None:
 
     folder = average_checkpoints(arguments.checkpoints, arguments.output, arguments.method, arguments.weights)
     print(f"Wrote the average of {len(arguments.checkpoints)} checkpoints to {folder}.")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.hub import load_trusted, save_sealed
+    from st_llm_embed.merging import merge_adapter
+
+    model = load_trusted(arguments.source, arguments.trust_remote_code)
+    print(f"Wrote {save_sealed(merge_adapter(model, arguments.tolerance), arguments.output)}.")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.export import export_causal_lm
+    from st_llm_embed.hub import load_trusted
+
+    model = load_trusted(arguments.source, arguments.trust_remote_code)
+    print(f"Wrote {export_causal_lm(model, arguments.base, arguments.output)}.")
 
 
 def _mine(arguments: argparse.Namespace) -> None:

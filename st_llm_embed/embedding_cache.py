@@ -18,7 +18,8 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import trange
 
-from st_llm_embed.hub import CHECK_TEXTS, written_beside
+from st_llm_embed.hub import written_beside
+from st_llm_embed.modules.reference import TEXTS
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class EmbeddingCache:
         key = self._model_hash.copy()
         key.update(repr((encode.__name__, prompt, self.model.prompts)).encode())
         # To two decimals: the last bits differ between machines.
-        checked = vectors(CHECK_TEXTS)
+        checked = vectors(list(TEXTS))
         key.update(np.rint(100 * checked).astype(np.int8))
         files = []
         for start in trange(0, len(rows), self.shard_size, desc=encode.__name__, unit="shard", disable=None):

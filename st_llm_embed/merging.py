@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from sentence_transformers import SentenceTransformer
 
-TEXTS = ["How do I parse command line arguments?", "naïve café — 日本語", "word " * 300]
+from st_llm_embed.modules.reference import TEXTS
 
 
 def has_adapter(model: SentenceTransformer) -> bool:
@@ -55,9 +55,11 @@ def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) ->
         done.append(f"{name}.")
     del llm.peft_config
     llm._hf_peft_config_loaded = False
+    # NOTE: loading an adapter leaves its names for the weights here, under which the plain LLM would be saved.
+    vars(llm).pop("_weight_conversions", None)
     llm.requires_grad_(True)
     for name, prompt in model.prompts.items():
-        difference = abs(model.encode(TEXTS, prompt=prompt) - merged.encode(TEXTS, prompt=prompt)).max()
+        difference = abs(model.encode(list(TEXTS), prompt=prompt) - merged.encode(list(TEXTS), prompt=prompt)).max()
         if not difference <= tolerance:
             raise RuntimeError(
                 f"The merged model's embeddings differ by {difference:.1e} under the prompt {name!r}; at most "

@@ -26,8 +26,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
 from st_llm_embed.data import check_contrastive_columns
-from st_llm_embed.hub import CHECK_TEXTS
 from st_llm_embed.mining import MiningReport, mine_negatives
+from st_llm_embed.modules.reference import TEXTS
 
 WORDS = [f"word{i}" for i in range(60)]
 PROMPTS = {"query": "word0 word1 ", "document": "word2 "}
@@ -51,7 +51,7 @@ class Counted(SentenceTransformer):
     """Knows how many texts each call of ``encode`` got; those that tell models apart do not count."""
 
     def encode(self, inputs, **kwargs):
-        if inputs != CHECK_TEXTS:
+        if inputs != list(TEXTS):
             self.calls.append(len(inputs))
         return super().encode(inputs, **kwargs)
 
