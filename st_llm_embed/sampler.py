@@ -31,7 +31,7 @@ class Source:
     Args:
         name: the task's name.
         rows: its data set.
-        distinct: whether its rows may not share a text within a batch: they are each other's negatives.
+        distinct: whether its rows are each other's negatives, so that what is right for one may not be in another.
         weight: a factor on its share.
     """
 
@@ -41,13 +41,30 @@ class Source:
     weight: float = 1.0
 
 
+@dataclass
+class Seen:
+    """The texts of a step so far: what is right for some row, and all. A negative of several rows does no harm."""
+
+    right: set[int]
+    every: set[int]
+
+    def goes_with(self, texts: np.ndarray) -> bool:
+        """Is no row's anchor or positive another's negative, anchor or positive?"""
+        right, wrong = texts[:2].tolist(), texts[2:].tolist()
+        return self.every.isdisjoint(right) and self.right.isdisjoint(wrong)
+
+    def add(self, texts: np.ndarray) -> None:
+        self.right.update(texts[:2].tolist())
+        self.every.update(texts.tolist())
+
+
 class TaskBatchSampler(Sampler[list[int]]):
     """Batches of one task each, or blended.
 
     Args:
         sources: the tasks' rows, in the order in which they are concatenated.
         batch_size: rows of a batch of one process.
-        num_processes: so many consecutive batches make a step: they are of one task, and share no text either.
+        num_processes: so many consecutive batches make a step: of one task, if not blended, and as one batch.
         blended: whether each batch draws from all tasks.
         temperature: 1 for shares by size, larger for more even ones.
         seed: of the order.
@@ -112,7 +129,7 @@ class TaskBatchSampler(Sampler[list[int]]):
             wanted = schedule[begin : begin + per_step]
             if not self.blended:
                 wanted = np.repeat(wanted, self._step_sizes[wanted[0]])
-            seen: list[set[int]] = [set() for _ in self.sources]
+            seen = [Seen(set(), set()) for _ in self.sources]
             step = [self._next_row(number, streams[number], put_off[number], seen[number]) for number in wanted]
             size = len(step) // self.num_processes
             for start in range(0, len(step), size):
@@ -128,18 +145,18 @@ class TaskBatchSampler(Sampler[list[int]]):
         while True:
             yield from random.permutation(len(self.sources[number].rows)).tolist()
 
-    def _next_row(self, number: int, stream: Iterator[int], put_off: deque[int], seen: set[int]) -> int:
-        """The next row none of whose texts is in the step already, as an index into the concatenation."""
+    def _next_row(self, number: int, stream: Iterator[int], put_off: deque[int], seen: Seen) -> int:
+        """The next row that goes with those of the step, as an index into the concatenation."""
         texts = self._texts[number]
         if texts is None:
             return int(self._starts[number]) + next(stream)
         for _ in range(len(put_off)):  # those put off before come first
             row = put_off.popleft()
-            if seen.isdisjoint(texts[row].tolist()):
+            if seen.goes_with(texts[row]):
                 break
             put_off.append(row)
         else:
-            while not seen.isdisjoint(texts[row := next(stream)].tolist()):
+            while not seen.goes_with(texts[row := next(stream)]):
                 put_off.append(row)
                 if len(put_off) > max(LOOK_AHEAD, len(texts)):
                     name = self.sources[number].name
@@ -148,7 +165,7 @@ class TaskBatchSampler(Sampler[list[int]]):
                         "without repetition. Lower the batch size, or turn its in-batch negatives off: "
                         f"Task({name!r}, ..., in_batch_negatives=False)."
                     )
-        seen.update(texts[row].tolist())
+        seen.add(texts[row])
         return int(self._starts[number]) + row
 
 

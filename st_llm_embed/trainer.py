@@ -180,6 +180,12 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             "of fp16, or look at these rows."
         )
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # NOTE: transformers 5 calls this on all processes; sentence-transformers 6.2 believes that it is on the first
+        # alone, and they would write the same files at once.
+        if self.args.should_save:
+            super()._save(output_dir, state_dict)
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",

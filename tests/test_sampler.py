@@ -91,6 +91,22 @@ def test_no_text_twice_in_a_step_where_rows_are_each_others_negatives(blended):
     assert any(len({text[row] for row in step}) < 6 for step in free)
 
 
+def test_a_negative_of_several_rows_does_no_harm():
+    """But nobody's negative is another's anchor or positive."""
+    names = [f"text {n}" for n in range(12)]
+    rows = Dataset.from_dict(
+        {
+            "anchor": [f"what is {name}" for name in names],
+            "positive": names,
+            "negative_1": ["no"] * 12,
+            "negative_2": [*names[1:], names[0]],
+        }
+    )
+    for batch in TaskBatchSampler([Source("a", rows)], 4):
+        chosen = [rows[i] for i in batch]
+        assert not {row["negative_2"] for row in chosen} & {row["positive"] for row in chosen}
+
+
 def test_few_rows_make_small_steps():
     (batch,) = TaskBatchSampler([SOURCES[2]], 20)
     assert sorted(batch) == list(range(8))

@@ -192,7 +192,8 @@ def test_two_processes_give_the_losses_of_one(settings, tmp_path):
     for processes in (1, 2):
         output = tmp_path / f"with-{processes}"
         arguments = {**settings["arguments"], "per_device_train_batch_size": 8 // processes}
-        arguments |= {"gather_across_devices": True, "mini_batch_size": 3, "max_grad_norm": 0.0}
+        # Plain gradient descent: Adam would blow up what rounding leaves of gradients that are zero.
+        arguments |= {"gather_across_devices": True, "mini_batch_size": 3, "optim": "sgd", "learning_rate": 1e-4}
         whole = {**settings, "output": str(output), "arguments": arguments, "stages": settings["stages"][1:]}
         for stage in whole["stages"]:
             stage["arguments"]["save_steps"] = 3
@@ -208,7 +209,8 @@ def test_two_processes_give_the_losses_of_one(settings, tmp_path):
             state = json.loads((Path(_last_checkpoint(output / name)) / "trainer_state.json").read_text())
             history += [row["loss"] for row in state["log_history"] if "loss" in row]
         losses.append(history)
-    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert len(losses[0]) == 12 and losses[0][2] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     one, two = (weights(tmp_path / f"with-{n}" / "2-blended" / "model") for n in (1, 2))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)

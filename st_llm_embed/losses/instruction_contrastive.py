@@ -38,7 +38,8 @@ class Rows:
     @classmethod
     def read(cls, labels: Tensor | None, in_batch_negatives: bool, anchor: Tensor) -> Rows:
         if labels is not None and labels.ndim == 2:
-            return cls(labels[:, 0], labels[:, 1], labels[:, 2:])
+            # Contiguous: gathering columns of a matrix across processes would mix them up without a word.
+            return cls(labels[:, 0].contiguous(), labels[:, 1].contiguous(), labels[:, 2:].contiguous())
         none = torch.full((len(anchor),), NONE, device=anchor.device)
         group = torch.zeros_like(none) if in_batch_negatives else none
         return cls(group, none if labels is None else labels.to(torch.long), None)
@@ -143,6 +144,9 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         if self.gather_across_devices:
             own += get_rank() * len(anchor)
             documents = all_gather_with_grad(documents)
+            if documents.requires_grad:
+                # NOTE: the gather's backward pass takes memory as it lies, and einsum's gradients lie otherwise.
+                documents.register_hook(torch.Tensor.contiguous)
             group, label = all_gather(group), all_gather(label)
             texts = None if texts is None else all_gather(texts)
         scores = torch.einsum("bd,rnd->brn", anchor, documents)  # (batch, rows, 1 + negatives)
