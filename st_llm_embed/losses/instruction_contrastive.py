@@ -39,7 +39,7 @@ class Rows:
     def read(cls, labels: Tensor | None, in_batch_negatives: bool, anchor: Tensor) -> Rows:
         if labels is not None and labels.ndim == 2:
             # Contiguous: gathering columns of a matrix across processes would mix them up without a word.
-            return cls(labels[:, 0].contiguous(), labels[:, 1].contiguous(), labels[:, 2:].contiguous())
+            return cls(labels[:, 0], labels[:, 1], labels[:, 2:])
         none = torch.full((len(anchor),), NONE, device=anchor.device)
         group = torch.zeros_like(none) if in_batch_negatives else none
         return cls(group, none if labels is None else labels.to(torch.long), None)
