@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 HEADING = "## What this is"
+TRAINING = "## How it was trained"
 DETAILS = "## Model Details"
 PLACEHOLDER = "sentence_transformers_model_id"
 NV_EMBED = "by the recipe of [NV-Embed](https://arxiv.org/abs/2405.17428)"
@@ -64,7 +65,10 @@ def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: 
     """
     head, heading, details = file.read_text(encoding="utf-8").partition(DETAILS)
     if HEADING not in head:
-        head += f"{describe(model, has_code)}\n\n" + (f"{section.strip()}\n\n" if section else "")
+        title, training, stages = head.partition(TRAINING)
+        head = f"{title}{describe(model, has_code)}\n\n{training}{stages}" + (
+            f"{section.strip()}\n\n" if section else ""
+        )
     if has_code:
         details = re.sub(r'(SentenceTransformer\("[^"]+")\)', r"\1, trust_remote_code=True)", details)
     card = model.model_card_data
@@ -72,6 +76,19 @@ def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: 
     metadata = metadata_load(file) or {}
     if card.license is not None and metadata.get("license") != card.license:
         metadata_save(file, {**metadata, "license": card.license})
+
+
+def record_training(file: Path, stages: list[dict[str, str]]) -> None:
+    """Put a table of all training stages into the host's card, which knows of the last one only.
+
+    Args:
+        file: the card.
+        stages: a row each, with the same keys.
+    """
+    head, heading, details = file.read_text(encoding="utf-8").partition(DETAILS)
+    rows = [list(stages[0]), ["---"] * len(stages[0]), *(list(stage.values()) for stage in stages)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    file.write_text(f"{head}{TRAINING}\n\n{table}\n\n{heading}{details}", encoding="utf-8")
 
 
 def describe(model: SentenceTransformer, has_code: bool) -> str:

@@ -54,9 +54,7 @@ def draw_report(report: dict[str, Any], file: Path) -> None:
         for part in sorted({key for row in log for key in row} - {"step"}):
             points = [(row["step"], row[part]) for row in log if part in row]
             axis.plot(*zip(*points, strict=True), label=part, marker=".", linewidth=1.5)
-        # Stage 2 takes its two tasks in turn, and the classes are the harder one: a zigzag.
-        title = f"{name} (two tasks in turn)" if name == "stage 2" else name
-        axis.set(title=title, xlabel="step", ylabel="loss", ylim=(0, None))
+        axis.set(title=name, xlabel="step", ylabel="loss", ylim=(0, None))
         axis.legend(frameon=False)
     names = list(report["results"])
     bars = axes[-1].barh(

@@ -32,6 +32,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
+from st_llm_embed.card import record_training
 from st_llm_embed.data import (
     consecutive_texts,
     from_beir,
@@ -116,8 +117,9 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
     seed = settings.get("seed", 0)
     set_seed(seed)
     model = build_model(**settings["model"])
-    previous = None
+    previous, done = None, []
     for number, stage in enumerate(stages, 1):
+        done.append(_card_row(stage, data, settings.get("arguments", {})))
         folder = output / f"{number}-{stage.name}"
         if not (folder / "model").is_dir():
             if previous:
@@ -129,6 +131,7 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
             if trainer.is_world_process_zero():
                 with written_beside(folder / "model") as staged:
                     model.save_pretrained(str(staged))
+                    record_training(staged / "README.md", done)
             trainer.accelerator.wait_for_everyone()
         previous = folder / "model"
     return previous
@@ -218,6 +221,22 @@ def _trainer(
             f"Stage {stage.name!r} has pretext rows beside others: {stage.data}. Give them one stage each."
         )
     return LLMEmbedTrainer(model, args, *chosen.values(), loss=PretextLoss(model, **stage.loss))
+
+
+def _card_row(stage: Stage, data: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, str]:
+    """A stage in the table of the model card."""
+    sizes = {}
+    for name in stage.data:
+        rows = data[name][0] if isinstance(data[name], tuple) else data[name]
+        sizes[name] = f"{len(rows):,} rows" if isinstance(rows, Dataset) else "a stream"
+    kind = stage.arguments.get("stage", 1) if isinstance(data[stage.data[0]], tuple) else "pretext (EBAE + EBAR)"
+    settings = {key: value for key, value in {**arguments, **stage.arguments}.items() if key != "stage"}
+    return {
+        "": stage.name,
+        "stage": str(kind),
+        "data": ", ".join(f"{name} ({size})" for name, size in sizes.items()),
+        "arguments": ", ".join(f"`{key}={value!r}`" for key, value in settings.items()),
+    }
 
 
 def _carry_over(folder: Path, model: SentenceTransformer) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from st_llm_embed import LLMBackbone, PretextLoss, PromptTokenPooling, build_model
+from st_llm_embed.hub import seal
 from st_llm_embed.losses.pretext import _ChunkedCrossEntropy, bag_of_words_loss
 from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT, RELEASE_EBAE_PROMPT, RELEASE_EBAR_PROMPT
 
@@ -103,6 +104,16 @@ def test_a_target_of_its_own_takes_the_place_of_the_text(llm):
     torch.testing.assert_close(given["ebar"], plain["ebar"])
     torch.testing.assert_close(given["ebae"], (alone["ebae"] + last["ebae"]) / 2, atol=1e-5, rtol=1e-5)
     assert alone["ebar"] == 0
+
+
+def test_a_published_model_can_be_adapted_further(llm, tmp_path):
+    """Its backbone is a copy of the class, from its own folder."""
+    model = build_model(llm, "llara").eval()
+    model.save_pretrained(str(tmp_path / "model"))
+    seal(tmp_path / "model")
+    again = SentenceTransformer(str(tmp_path / "model"), trust_remote_code=True).eval()
+    assert not isinstance(again[0], LLMBackbone)
+    torch.testing.assert_close(PretextLoss(again)(columns(again)), PretextLoss(model)(columns(model)))
 
 
 def test_a_model_without_a_longest_text(llm):

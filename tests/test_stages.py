@@ -18,6 +18,8 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.cli import main
 from st_llm_embed.data import windows
+from st_llm_embed.hub import save_sealed
+from st_llm_embed.merging import merge_adapter
 from st_llm_embed.stages import READERS, _last_checkpoint, _split, train_stages
 
 QUIET = {
@@ -105,6 +107,14 @@ def test_three_stages_and_what_they_leave(settings, tmp_path, capsys):
     model = SentenceTransformer(str(last), trust_remote_code=True)
     assert model.prompts["query"] == model.prompts["pairs"] == "Instruct: Find it\nQuery: "
     assert model.prompts["banking77"].startswith("Instruct: ")
+    sealed = save_sealed(merge_adapter(model), tmp_path / "published")
+    card = (sealed / "README.md").read_text()
+    assert card.index("## What this is") < card.index("## How it was trained") < card.index("## Model Details")
+    assert "| pretext | pretext (EBAE + EBAR) | documents (a stream) |" in card
+    assert (
+        "| retrieval | 1 | pairs (28 rows) |" in card
+        and "| blended | 2 | pairs (28 rows), banking77 (32 rows) |" in card
+    )
     # Finished stages are kept; the last one, removed, comes out the same from the second's weights.
     seconds = stages[1].stat().st_mtime_ns
     last.rename(tmp_path / "before")

@@ -90,7 +90,8 @@ class PretextLoss(nn.Module):
     ) -> None:
         super().__init__()
         backbone = model[0]
-        if not isinstance(backbone, LLMBackbone):
+        # By name: a published model brings its own copy of the class.
+        if LLMBackbone.__name__ not in [kind.__name__ for kind in type(backbone).__mro__]:
             raise ValueError(
                 f"PretextLoss needs an LLMBackbone as the model's first module, not {type(backbone).__name__}. Build "
                 "the model with build_model, or with SentenceTransformer(modules=[LLMBackbone(...), ...])."
