@@ -171,20 +171,27 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed(tmp_path):
 @pytest.mark.slow
 def test_killed_and_started_again_is_as_if_never_killed(settings, tmp_path):
     """SIGKILL in the middle of an epoch of the last stage, twice."""
-    whole = train_stages({**settings, "output": str(tmp_path / "whole")})
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "st_llm_embed", "train", str(file)]
+
+    def command(name: str, output: str) -> list[str]:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**settings, "output": output}))
+        return [sys.executable, "-m", "st_llm_embed", "train", str(file)]
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums in the same order
+    whole = tmp_path / "whole" / "3-blended" / "model"
+    subprocess.run(command("whole", str(tmp_path / "whole")), check=True, capture_output=True, env=env)
+    killed = command("killed", settings["output"])
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": env}
     folder = Path(settings["output"]) / "3-blended"
     for step in (2, 5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(killed, **quiet)
         while not (folder / f"checkpoint-{step}" / "trainer_state.json").is_file():
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (folder / "model").exists()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(killed, check=True, **quiet)
     expected = weights(whole)
     for name, tensor in weights(folder / "model").items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)

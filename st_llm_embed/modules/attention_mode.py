@@ -393,9 +393,12 @@ def _check_structured_mask(mask: Tensor, position_ids: Tensor | None, implementa
 
 def _changeable_masks(implementation: str) -> None:
     """Wrap transformers' mask builder of this implementation, once. It does nothing outside ``attending``."""
-    builder = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-    if getattr(builder, "changed_by", None) is _CHANGE_MASK:
-        return
+    builder = wrapper = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+    # Published models bring copies of this file, each with a wrapper of its own around the others'.
+    while wrapper is not None:
+        if vars(wrapper).get("changed_by") is _CHANGE_MASK:
+            return
+        wrapper = vars(wrapper).get("__wrapped__")
 
     @wraps(builder)
     def build(*args: Any, **kwargs: Any) -> Tensor | None:
