@@ -31,7 +31,7 @@ from sentence_transformers.base.modules import Transformer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -44,6 +44,7 @@ REQUIREMENTS = {
     "transformers": {"specifier": ">=5.2", "reason": "older versions ignore is_causal=false and attend causally"},
 }
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRAINED_TOKENS = "trainable_tokens_delta"
 HUB_ARGUMENTS = {"cache_dir", "token", "revision", "subfolder", "local_files_only"}
 TEXT = "{text}"
 INSTRUCTION_MASKS = ("exact", "nv-embed")
@@ -135,16 +136,21 @@ class LLMBackbone(Transformer):
         if not is_peft_model:
             return load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
         where = {key: model_kwargs[key] for key in HUB_ARGUMENTS & set(model_kwargs)}
-        known = config.get_text_config().vocab_size
-        rows = _saved_embeddings(cached_file(model_name_or_path, ADAPTER_WEIGHTS, **where), known)
-        if rows == known:
-            return load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
         # Not peft's own reader: a model without an adapter shall not need peft.
         adapter = json.loads(Path(find_adapter_config_file(model_name_or_path, **where)).read_text(encoding="utf-8"))
         base = adapter["base_model_name_or_path"]
-        model = load(base, transformer_task, config, backend, is_peft_model, **model_kwargs)
-        model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter brings their values
-        model.load_adapter(model_name_or_path, adapter_kwargs=where)
+        if not isinstance(config, PretrainedConfig):  # sentence-transformers 6.0 gives the adapter's
+            config = AutoConfig.from_pretrained(base, token=where.get("token"))
+        known = config.get_text_config().vocab_size
+        weights = cached_file(model_name_or_path, ADAPTER_WEIGHTS, **where)
+        rows = _saved_embeddings(weights, known)
+        if rows == known:
+            model = load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
+        else:
+            model = load(base, transformer_task, config, backend, is_peft_model, **model_kwargs)
+            model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter brings their values
+            model.load_adapter(model_name_or_path, adapter_kwargs=where)
+        _load_trained_tokens(model, weights)
         return model
 
     def _set_special_tokens(self) -> None:
@@ -357,6 +363,15 @@ def _saved_embeddings(adapter_weights: str, known: int) -> int:
     return max(
         (shape[0] for name, shape in shapes.items() if re.search(r"(embed|wte).*\.weight$", name)), default=known
     )
+
+
+def _load_trained_tokens(model: PreTrainedModel, adapter_weights: str) -> None:
+    """The embeddings of the tokens that an adapter trains: transformers 5.17 leaves them out without a word."""
+    with safe_open(adapter_weights, framework="pt") as tensors:
+        saved = [tensors.get_tensor(name) for name in tensors.keys() if name.endswith(TRAINED_TOKENS)]
+    loaded = [parameter for name, parameter in model.named_parameters() if TRAINED_TOKENS in name]
+    for parameter, tensor in zip(loaded, saved, strict=True):
+        parameter.data.copy_(tensor)
 
 
 def _append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
