@@ -6,12 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from st_llm_embed.version import __version__
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,9 +182,10 @@ def _architectures(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     from st_llm_embed.convert import convert_llara, convert_nv_embed
-    from st_llm_embed.convert.checkpoint import local_checkpoint, read_config
+    from st_llm_embed.convert.checkpoint import local_checkpoint
+    from st_llm_embed.hub.folders import read_json
 
-    nv_embed = read_config(local_checkpoint(arguments.source)).get("model_type") == "nvembed"
+    nv_embed = read_json(local_checkpoint(arguments.source) / "config.json").get("model_type") == "nvembed"
     folder = (convert_nv_embed if nv_embed else convert_llara)(arguments.source, arguments.output)
     licence = " Its weights are licensed under CC-BY-NC-4.0: no commercial use." if nv_embed else ""
     print(f"Wrote {folder}.{licence}")
@@ -230,6 +227,7 @@ def _mine(arguments: argparse.Namespace) -> None:
 
     from sentence_transformers import SentenceTransformer
 
+    from st_llm_embed.data.sources import load_rows
     from st_llm_embed.hub import demand_empty, written_beside
     from st_llm_embed.mining import mine_negatives
 
@@ -244,9 +242,9 @@ def _mine(arguments: argparse.Namespace) -> None:
     not_settings = {*sources, "output", "trust_remote_code", "run"}
     settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
     rows, report = mine_negatives(
-        _load_rows(arguments.data),
+        load_rows(arguments.data),
         SentenceTransformer(arguments.teacher, trust_remote_code=arguments.trust_remote_code),
-        _load_rows(arguments.corpus) if arguments.corpus else None,
+        load_rows(arguments.corpus) if arguments.corpus else None,
         **settings,
     )
     with written_beside(target) as staged:
@@ -261,21 +259,6 @@ def _mine(arguments: argparse.Namespace) -> None:
 
 def _margin(text: str) -> float | None:
     return None if text == "none" else float(text)
-
-
-def _load_rows(source: str) -> Dataset:
-    """A JSON lines file, a folder of ``save_to_disk``, or what ``load_dataset`` makes of a folder or Hub id."""
-    from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        if Path(source).is_file():
-            return load_dataset("json", data_files=source, split="train")
-        if Path(source, "state.json").is_file():
-            return Dataset.load_from_disk(source)
-        return load_dataset(source, split="train")
-    except DatasetsError as error:
-        raise ValueError(f"{source} could not be read as a data set: {error.__cause__ or error}") from error
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
+from st_llm_embed.data.columns import text_columns
 from st_llm_embed.losses.instruction_contrastive import NONE
 from st_llm_embed.sampler import hash_texts
 
@@ -38,7 +39,7 @@ class TaskCollator(SentenceTransformerDataCollator):
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         tasks = [row["dataset_name"] for row in rows]
-        columns = [[name for name in row if name not in ("dataset_name", "label")] for row in rows]
+        columns = [text_columns(row) for row in rows]
         negatives = max(map(len, columns)) - 2 if self.num_negatives is None else self.num_negatives
         batch: dict[str, Any] = {"dataset_name": ", ".join(dict.fromkeys(tasks))}
         known = [[self.groups[task] for task in tasks], [row.get("label", NONE) for row in rows]]

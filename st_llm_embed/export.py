@@ -74,7 +74,5 @@ def _set_head(head: nn.Linear, trained: nn.Linear, tied: bool) -> None:
     if tied:
         raise ValueError("The LLM's head is its input embeddings, which are adapted: leave out lm_head.")
     rows = len(trained.weight)  # added tokens have rows of their own behind these
-    state = {name: tensor.clone() for name, tensor in head.state_dict().items()}
-    for name, tensor in trained.state_dict().items():
-        state[name][:rows] = tensor
-    head.load_state_dict(state)
+    for name, parameter in trained.named_parameters():
+        head.get_parameter(name).data[:rows] = parameter.data

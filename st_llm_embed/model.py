@@ -136,10 +136,11 @@ def _add_tokens(backbone: LLMBackbone, tokens: list[str]) -> list[int]:
     # An LLM may have more rows than its tokenizer has tokens.
     if len(tokenizer) > backbone.model.get_input_embeddings().num_embeddings:
         backbone.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    weight = backbone.model.get_input_embeddings().weight.detach()
-    std, mean = torch.std_mean(weight[:known].float(), dim=0)
-    noise = torch.randn(len(tokenizer) - known, len(mean), device=weight.device)
-    weight[known : len(tokenizer)] = (mean + 0.1 * std * noise).to(weight.dtype)
+    if new := len(tokenizer) - known:
+        weight = backbone.model.get_input_embeddings().weight.detach()
+        std, mean = torch.std_mean(weight[:known].float(), dim=0)
+        noise = torch.randn(new, len(mean), device=weight.device)
+        weight[known : len(tokenizer)] = (mean + 0.1 * std * noise).to(weight.dtype)
     return tokenizer.convert_tokens_to_ids(tokens)
 
 

@@ -20,6 +20,8 @@ import pandas as pd
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from st_llm_embed.data.columns import text_columns
+
 ROWS_AT_ONCE = 50_000
 LOOK_AHEAD = 1000  # rows put off because a text of theirs is in the batch
 
@@ -180,7 +182,7 @@ def apportion(shares: np.ndarray, total: int) -> np.ndarray:
 
 def text_numbers(rows: Dataset) -> np.ndarray:
     """``(rows, columns)``: a number for each text, equal where texts are equal (hashes of 63 bits)."""
-    columns = [name for name in rows.column_names if name not in ("label", "dataset_name")]
+    columns = text_columns(rows.column_names)
     parts = [
         np.stack([hash_texts(batch[column].to_pylist()) for column in columns], axis=1)
         for batch in rows.with_format("arrow").iter(ROWS_AT_ONCE)

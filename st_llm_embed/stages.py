@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from st_llm_embed.data import (
     sentences,
     windows,
 )
+from st_llm_embed.data.sources import load_rows
 from st_llm_embed.hub import written_beside
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import build_model
@@ -91,8 +92,8 @@ class Stage:
 
     name: str
     data: list[str]
-    arguments: dict[str, Any]
-    loss: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
 
 
 def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
@@ -117,13 +118,14 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
     seed = settings.get("seed", 0)
     set_seed(seed)
     model = build_model(**settings["model"])
-    previous, done = None, []
+    last, behind, done = None, False, []
     for number, stage in enumerate(stages, 1):
         done.append(_card_row(stage, data, settings.get("arguments", {})))
         folder = output / f"{number}-{stage.name}"
-        if not (folder / "model").is_dir():
-            if previous:
-                _carry_over(previous, model)
+        finished = (folder / "model").is_dir()
+        if not finished:
+            if behind:
+                _carry_over(last, model)
             set_seed(seed + number)  # adapters' dropout, and nothing else, depends on it
             arguments = {"report_to": [], "seed": seed, **settings.get("arguments", {}), **stage.arguments}
             trainer = _trainer(stage, model, data, LLMEmbedTrainingArguments(str(folder), **arguments))
@@ -133,8 +135,8 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
                     model.save_pretrained(str(staged))
                     record_training(staged / "README.md", done)
             trainer.accelerator.wait_for_everyone()
-        previous = folder / "model"
-    return previous
+        last, behind = folder / "model", finished  # behind: in memory is not what the last stage ended with
+    return last
 
 
 def _read_stages(settings: Mapping[str, Any]) -> list[Stage]:
@@ -152,7 +154,7 @@ def _read_stages(settings: Mapping[str, Any]) -> list[Stage]:
             raise ValueError(
                 f"The stage {entry} has unknown settings {unknown}: it takes name, data, arguments, loss."
             )
-        stage = Stage(entry["name"], entry["data"], entry.get("arguments", {}), entry.get("loss", {}))
+        stage = Stage(**entry)
         if absent := sorted(set(stage.data) - set(settings["data"])):
             raise ValueError(f"Stage {stage.name!r} names the data sets {absent}. Known: {sorted(settings['data'])}.")
         stages.append(stage)
@@ -182,7 +184,8 @@ def _read_data(name: str, how: dict[str, Any]) -> Dataset | IterableDataset | tu
     """Pretext rows, or a task's rows and the task."""
     reader = how.pop("read", None)
     if reader == PRETEXT:
-        return consecutive_texts(_documents(how.pop("documents")), _split(how.pop("split", None)), **how)
+        documents = load_rows(how.pop("documents"), streaming=True)
+        return consecutive_texts(documents, _split(how.pop("split", None)), **how)
     if reader not in READERS:
         raise ValueError(
             f"Data set {name!r} has read={reader!r}. Valid: {', '.join([PRETEXT, *READERS])}, of st_llm_embed.data "
@@ -191,12 +194,6 @@ def _read_data(name: str, how: dict[str, Any]) -> Dataset | IterableDataset | tu
     of_task = {key: how.pop(key) for key in TASK_SETTINGS & set(how)}
     task = Task(name, **of_task) if "instruction" in of_task else replace(known_task(name), **of_task)
     return READERS[reader](**how), task
-
-
-def _documents(source: str) -> Dataset | IterableDataset:
-    if Path(source).is_file():
-        return load_dataset("json", data_files=source, split="train", streaming=True)
-    return load_dataset(source, split="train", streaming=True)
 
 
 def _split(name: str | int | None) -> Callable[[str], list[str]]:

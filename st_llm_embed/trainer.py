@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset
 
 from st_llm_embed.collator import TaskCollator
-from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_columns
+from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_columns, text_columns
 from st_llm_embed.hub import publish
 from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
 from st_llm_embed.losses.instruction_contrastive import NONE
@@ -84,7 +84,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             # With it, the backbone's query_length and document_length hold in training as in encode_query.
             args.router_mapping = {name: self.tasks[name].column_sides(own) for name, own in columns.items()}
             # In blended batches each has as many columns as the task with the most, on every process.
-            self.num_negatives = max(map(_count_negatives, columns.values())) if args.blended else None
+            self.num_negatives = max(len(text_columns(own)) - 2 for own in columns.values()) if args.blended else None
             if loss is None:
                 loss = InstructionContrastiveLoss(
                     model,
@@ -115,7 +115,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             raise ValueError(f"The data sets {unknown} have no task. Tasks: {sorted(self.tasks)}.")
         for name, rows in dataset.items():
             check_contrastive_columns(rows, name, self.tasks[name].negatives)
-            if self.groups[name] == NONE and not _count_negatives(rows.column_names):
+            if self.groups[name] == NONE and len(text_columns(rows.column_names)) == 2:
                 raise ValueError(
                     f"Task {name!r} is trained without in-batch negatives, and its data set has no negatives. Mine "
                     "some (st-llm-embed mine), or allow in-batch ones in stage 1: "
@@ -217,10 +217,6 @@ def _in_batch(task: Task, args: LLMEmbedTrainingArguments) -> bool:
     if args.in_batch_negatives is not None:
         return args.in_batch_negatives
     return args.stage == 1 and bool(task.in_batch_negatives)
-
-
-def _count_negatives(columns: list[str]) -> int:
-    return sum(column.startswith("negative") for column in columns)
 
 
 def _own_copy(args: LLMEmbedTrainingArguments | None) -> LLMEmbedTrainingArguments:

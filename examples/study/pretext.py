@@ -10,12 +10,10 @@ documents, the EOS token after them. A run that is there already is not repeated
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import statistics
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
@@ -26,6 +24,8 @@ from transformers import set_seed
 
 from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, PretextLoss, build_model
 from st_llm_embed.data import consecutive_texts
+from st_llm_embed.data.beir import read_qrels
+from st_llm_embed.data.sources import joined, read_json_lines
 from st_llm_embed.demo import bundled_llm
 from st_llm_embed.evaluation import bm25_scores, model_scores, retrieval_test
 
@@ -49,22 +49,16 @@ VARIANTS: dict[str, tuple[type[PretextLoss], str] | None] = {
 }
 
 
-def read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
-
-
 def held_back(folder: Path) -> InformationRetrievalEvaluator:
     """The test queries of a set in BEIR's layout; its relevant documents and the first others."""
-    relevant: dict[str, set[str]] = {}
-    for line in (folder / "qrels" / "test.tsv").read_text().splitlines()[1:]:
-        query, document, score = line.split("\t")
-        if int(score) > 0:
-            relevant.setdefault(query, set()).add(document)
-    documents = {row["_id"]: f"{row['title']} {row['text']}".strip() for row in read_lines(folder / "corpus.jsonl.gz")}
+    judged_by_query, _ = read_qrels(folder / "qrels" / "test.tsv", 1, Counter())
+    relevant = {query: set(documents) for query, documents in judged_by_query.items()}
+    corpus = read_json_lines(folder / "corpus.jsonl.gz")
+    documents = {row["_id"]: joined(row["title"], row["text"]) for _, row in corpus}
     judged = set.union(*relevant.values()) & set(documents)
     others = sorted(set(documents) - judged)[:DISTRACTORS]
-    queries = {row["_id"]: row["text"] for row in read_lines(folder / "queries.jsonl.gz") if row["_id"] in relevant}
+    asked = read_json_lines(folder / "queries.jsonl.gz")
+    queries = {row["_id"]: row["text"] for _, row in asked if row["_id"] in relevant}
     return retrieval_test(queries, {name: documents[name] for name in [*judged, *others]}, relevant, folder.name, 64)
 
 

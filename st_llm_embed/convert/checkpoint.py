@@ -5,18 +5,19 @@ Nothing of it is run: no remote code is fetched, pickled weights are read as ten
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sentence_transformers.base.modules.module import Module
 from torch import Size, Tensor
 from transformers.modeling_utils import load_state_dict
+
+from st_llm_embed.hub.folders import read_json, write_json
 
 FILES = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]  # no *.py
 
@@ -37,10 +38,6 @@ def local_checkpoint(source: str | Path) -> Path:
     return root
 
 
-def read_config(root: Path) -> dict[str, Any]:
-    return json.loads((root / "config.json").read_text(encoding="utf-8"))
-
-
 def find_shards(root: Path) -> list[Path]:
     """The files of its weights: safetensors, or else PyTorch's pickles.
 
@@ -51,7 +48,7 @@ def find_shards(root: Path) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = root / f"{single}.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             break
         if (root / single).is_file():
             names = [single]
@@ -158,5 +155,19 @@ def write_modules(
         write_json(folder / f"{name}.json", content)
 
 
-def write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def write_card(folder: Path, text: str, recipe: str, **metadata: Any) -> None:
+    """The README.md of a converted model.
+
+    Args:
+        folder: the model's.
+        text: Markdown.
+        recipe: a tag beside those of every text-embedding model.
+        **metadata: such as ``license`` and ``base_model``.
+    """
+    data = ModelCardData(
+        library_name="sentence-transformers",
+        tags=["sentence-transformers", "feature-extraction", "sentence-similarity", recipe],
+        pipeline_tag="sentence-similarity",
+        **metadata,
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")

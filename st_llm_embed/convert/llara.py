@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -22,10 +22,11 @@ from st_llm_embed.convert.checkpoint import (
     find_shards,
     local_checkpoint,
     meta_shapes,
-    write_json,
+    write_card,
     write_modules,
 )
 from st_llm_embed.hub import demand_empty, seal, written_beside
+from st_llm_embed.hub.folders import write_json
 from st_llm_embed.model import RECIPES
 from st_llm_embed.modules import LLMBackbone, PromptTokenPooling
 from st_llm_embed.tasks import RELEASE_TOKENS
@@ -106,16 +107,10 @@ def _without_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_card(root: Path, folder: Path, source: str) -> None:
-    data: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     if (root / "README.md").is_file():
-        data = {"license": ModelCard.load(root / "README.md", ignore_metadata_errors=True).data.license}
+        metadata = {"license": ModelCard.load(root / "README.md", ignore_metadata_errors=True).data.license}
     if not Path(source).is_dir():
-        data["base_model"] = source
-    card = ModelCardData(
-        library_name="sentence-transformers",
-        tags=["sentence-transformers", "feature-extraction", "sentence-similarity", "llara"],
-        pipeline_tag="sentence-similarity",
-        **data,
-    )
+        metadata["base_model"] = source
     name = Path(source).name if Path(source).is_dir() else f"[{source}](https://huggingface.co/{source})"
-    ModelCard(f"---\n{card.to_yaml()}\n---\n\n{CARD.format(name=name)}").save(folder / "README.md")
+    write_card(folder, CARD.format(name=name), "llara", **metadata)

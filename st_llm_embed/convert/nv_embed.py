@@ -9,13 +9,11 @@ Tensors are checked by name and shape before anything is written, and copied one
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
@@ -28,11 +26,11 @@ from st_llm_embed.convert.checkpoint import (
     find_shards,
     local_checkpoint,
     meta_shapes,
-    read_config,
-    write_json,
+    write_card,
     write_modules,
 )
 from st_llm_embed.hub import demand_empty, seal, written_beside
+from st_llm_embed.hub.folders import read_json, write_json
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone
 
 LICENSE = "cc-by-nc-4.0"
@@ -84,7 +82,7 @@ def convert_nv_embed(source: str | Path, output: str | Path) -> Path:
     target = Path(output).resolve()
     demand_empty(target)
     root = local_checkpoint(source)
-    settings = read_config(root)
+    settings = read_json(root / "config.json")
     _demand_nv_embed(root, settings)
     shards = find_shards(root)
     text_config, latent = _llm_config(settings), _latent_arguments(settings)
@@ -196,7 +194,7 @@ def _save_tokenizer(root: Path, settings: dict[str, Any], folder: Path) -> None:
 
 def _write_modules(root: Path, folder: Path, settings: dict[str, Any], latent: dict[str, Any]) -> None:
     source = root / "sentence_bert_config.json"
-    longest = json.loads(source.read_text(encoding="utf-8"))["max_seq_length"] if source.is_file() else None
+    longest = read_json(source)["max_seq_length"] if source.is_file() else None
     write_modules(
         folder,
         {"": LLMBackbone, "1_LatentAttentionPooling": LatentAttentionPooling, "2_Normalize": Normalize},
@@ -214,14 +212,5 @@ def _write_modules(root: Path, folder: Path, settings: dict[str, Any], latent: d
 
 def _write_card(folder: Path, settings: dict[str, Any]) -> None:
     name = settings.get("_name_or_path") or "nvidia/NV-Embed-v2"
-    tags = ["sentence-transformers", "feature-extraction", "sentence-similarity", "nv-embed"]
-    data = ModelCardData(
-        license=LICENSE,
-        base_model=name,
-        library_name="sentence-transformers",
-        tags=tags,
-        pipeline_tag="sentence-similarity",
-        language="en",
-    )
     text = CARD.format(name=name, prompt=QUERY_PROMPT.replace("\n", "\\n"))
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+    write_card(folder, text, "nv-embed", license=LICENSE, base_model=name, language="en")

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, Value
+
+NOT_TEXT = ("label", "dataset_name")  # the class, and what the host's trainer adds
+
+
+def text_columns(columns: Iterable[str]) -> list[str]:
+    """Those of ``anchor, positive, negative_1..n``, in their order."""
+    return [column for column in columns if column not in NOT_TEXT]
 
 
 def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, negatives: int | None = None) -> None:
@@ -21,7 +29,7 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, neg
         ValueError: naming the data set, the column and the row, and the fix.
     """
     columns = list(dataset.column_names or [])
-    found = [column for column in columns[2:] if column != "label"]
+    found = text_columns(columns[2:])
     named = found == ["negative"] or all(re.fullmatch(r"negative_\d+", column) for column in found)
     if columns[:2] != ["anchor", "positive"] or not named:
         raise ValueError(
@@ -34,7 +42,7 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, neg
             f"Data set {name!r} has {len(found)} columns of negatives, and its task asks for negatives={negatives}. "
             f"Fix: build it with negatives={negatives}, mine them, or make the task with negatives={len(found)}."
         )
-    check_text(dataset, name, [column for column in columns if column != "label"])
+    check_text(dataset, name, text_columns(columns))
 
 
 def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None:

@@ -13,9 +13,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 Source = Dataset | IterableDataset | str | Path
+
+
+def load_rows(source: str, streaming: bool = False) -> Dataset | IterableDataset:
+    """A JSON lines file, a folder of ``save_to_disk``, or what ``load_dataset`` makes of a folder or Hub id (its split
+    ``train``).
+
+    Raises:
+        ValueError: naming what could not be read as a data set.
+    """
+    try:
+        if Path(source).is_file():
+            return load_dataset("json", data_files=source, split="train", streaming=streaming)
+        if Path(source, "state.json").is_file():
+            rows = Dataset.load_from_disk(source)
+            return rows.to_iterable_dataset() if streaming else rows
+        return load_dataset(source, split="train", streaming=streaming)
+    except DatasetsError as error:
+        raise ValueError(f"{source} could not be read as a data set: {error.__cause__ or error}") from error
 
 
 def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:

@@ -139,10 +139,11 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
 
     def _other_rows(self, anchor: Tensor, documents: Tensor, positive_score: Tensor, rows: Rows) -> Tensor:
         """``(batch, rows of all processes · documents)``: scores, minus infinity where a document is no negative."""
-        own = torch.arange(len(anchor), device=anchor.device)
+        here = torch.arange(len(anchor), device=anchor.device)
+        own = here  # this process's rows among all
         group, label, texts = rows.group, rows.label, rows.texts
         if self.gather_across_devices:
-            own += get_rank() * len(anchor)
+            own = here + get_rank() * len(anchor)
             documents = all_gather_with_grad(documents)
             if documents.requires_grad:
                 # NOTE: the gather's backward pass takes memory as it lies, and einsum's gradients lie otherwise.
@@ -151,11 +152,11 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
             texts = None if texts is None else all_gather(texts)
         scores = torch.einsum("bd,rnd->brn", anchor, documents)  # (batch, rows, 1 + negatives)
         allowed = (rows.group.unsqueeze(1) == group) & (rows.group.unsqueeze(1) != NONE)  # (batch, rows)
-        allowed[torch.arange(len(anchor), device=anchor.device), own] = False
+        allowed[here, own] = False
         # Of another class, a row's positive is wrong here; of the same class, its negatives are. Else nobody knows.
         both, same = (rows.label.unsqueeze(1) != NONE) & (label != NONE), rows.label.unsqueeze(1) == label
-        allowed = torch.cat([(allowed & ~(both & same)).unsqueeze(2), (allowed & (same | ~both)).unsqueeze(2)], dim=2)
-        allowed = allowed[:, :, [0] + [1] * (scores.shape[2] - 1)]  # (batch, rows, 1 + negatives)
+        positives, negatives = allowed & ~(both & same), allowed & (same | ~both)
+        allowed = torch.stack([positives, *[negatives] * (scores.shape[2] - 1)], dim=2)  # (batch, rows, 1 + negatives)
         if texts is not None:
             others = texts[:, 1:]
             right = rows.texts[:, :2]  # the row's anchor and positive

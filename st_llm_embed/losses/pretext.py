@@ -148,7 +148,7 @@ class PretextLoss(nn.Module):
                 "st_llm_embed.data.consecutive_texts."
             )
         text_ids, next_ids, *target_ids = (_token_rows(features) for features in columns)
-        starts = self._text_starts(columns[0])
+        starts = self._text_starts(columns[0], text_ids)
         joint = self.join_prompts(text_ids, columns[0]["input_ids"].device)
         # Through the whole model, not its backbone alone: a DDP wrapper synchronises gradients in its forward only.
         hidden = self.model(joint.features)["token_embeddings"]  # (batch, seq, dim)
@@ -161,7 +161,7 @@ class PretextLoss(nn.Module):
             parts["ar"] = self._autoregressive_loss(hidden, joint.texts, starts)
         return parts
 
-    def _text_starts(self, features: dict[str, Tensor]) -> list[int]:
+    def _text_starts(self, features: dict[str, Tensor], text_ids: list[list[int]]) -> list[int]:
         """Where each row's text begins, after BOS and what the prompts have before it."""
         if "instruction_mask" in features:
             return features["instruction_mask"].sum(dim=1).tolist()
@@ -171,7 +171,7 @@ class PretextLoss(nn.Module):
                 f"prompts={{'text': {self.prefix + '{text}'!r}}} in the training arguments, or use LLMEmbedTrainer."
             )
         bos = self.tokenizer.bos_token_id
-        return [int(bos is not None and row[0] == bos) for row in _token_rows(features)]
+        return [int(bos is not None and row[0] == bos) for row in text_ids]
 
     def _autoregressive_loss(self, hidden: Tensor, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
         """Mean cross-entropy of each text's tokens given those before."""
@@ -197,11 +197,12 @@ class PretextLoss(nn.Module):
             targets: for each, the token ids of every row's target text. Special tokens and repetitions do not count.
         """
         special = set(self.tokenizer.all_special_ids)
+        projection = self._vocabulary_projection()
         parts, with_targets = {}, 0
         for name, states, rows in zip(("ebae", "ebar"), embeddings, targets, strict=True):
             bags = [sorted(set(row) - special) for row in rows]
             with_targets += any(bags)
-            logits = F.linear(states, *self._vocabulary_projection()).amax(dim=1)  # (batch, vocabulary)
+            logits = F.linear(states, *projection).amax(dim=1)  # (batch, vocabulary)
             parts[name] = bag_of_words_loss(logits, bags, "sum" if self.form == "paper" else "mean")
         if self.form == "release":
             parts = {name: part / (10 * max(with_targets, 1)) for name, part in parts.items()}
