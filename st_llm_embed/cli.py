@@ -121,6 +121,30 @@ def _parser() -> argparse.ArgumentParser:
     mine.add_argument("--cache-folder", help="keep the vectors here: an interrupted run goes on, another starts ahead")
     mine.add_argument("--trust-remote-code", action="store_true", help="run the teacher's own code")
     mine.set_defaults(run=_mine)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="evaluate a model with mteb, on its tasks or on folders",
+        description="Evaluate a model under the prompts saved in it. Results are mteb's files, kept by the model's "
+        "revision, precision and attention: an interrupted evaluation goes on. Prints a table.",
+    )
+    evaluate.add_argument("source", help="folder or Hub id of a sentence-transformers model")
+    evaluate.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        help="names of mteb's tasks or benchmarks, or folders: BEIR's layout, or SPLIT.jsonl[.gz] with sentence1, "
+        "sentence2, score (STS) or label (pairs), or text, label (classes; clusters if there is no train.jsonl)",
+    )
+    evaluate.add_argument("--output", type=Path, default=Path("results"), help="folder (default: %(default)s)")
+    evaluate.add_argument("--split", default="test", help="of the folders (default: %(default)s)")
+    evaluate.add_argument("--parity", action="store_true", help="compare the ways to run the model instead")
+    evaluate.add_argument("--batch-size", type=int, default=32, help="texts encoded at once (default: %(default)s)")
+    evaluate.add_argument("--dtype", help="of the weights, such as bfloat16 (default: as saved)")
+    evaluate.add_argument("--attn-implementation", help="eager, sdpa or flash_attention_2 (default: the LLM's)")
+    evaluate.add_argument("--device", help="such as cuda (default: the best there is)")
+    evaluate.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    evaluate.add_argument("--trust-remote-code", action="store_true", help="run code that this package does not ship")
+    evaluate.set_defaults(run=_evaluate)
     check = commands.add_parser(
         "check",
         help="load a model where this package is not, and compare its vectors",
@@ -255,6 +279,24 @@ def _mine(arguments: argparse.Namespace) -> None:
         (staged / "report.json").write_text(text + "\n", encoding="utf-8")
     print(f"Wrote {len(rows)} of {report.rows} rows to {target / 'train.jsonl'}.")
     print(f"Of {report.candidates} candidates were dropped, by rule: {report.dropped}.")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.evaluation import evaluate, parity
+    from st_llm_embed.evaluation.parity import as_markdown
+
+    not_settings = {"source", "tasks", "output", "parity", "run"}
+    settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
+    if arguments.parity:
+        if chosen := [name for name in ("dtype", "attn_implementation") if settings.pop(name)]:
+            raise ValueError(f"--parity compares precisions and attentions itself: leave out {', '.join(chosen)}.")
+        table = as_markdown(parity(arguments.source, arguments.tasks, **settings))
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "parity.md").write_text(table, encoding="utf-8")
+        print(table)
+    else:
+        evaluated = evaluate(arguments.source, arguments.tasks, arguments.output, **settings)
+        print(f"{evaluated.table}\nThis table and mteb's files are in {evaluated.folder}.")
 
 
 def _margin(text: str) -> float | None:

@@ -30,11 +30,11 @@ from datasets import Dataset
 from transformers import set_seed
 
 from st_llm_embed.data import consecutive_texts, load_standard_library
-from st_llm_embed.evaluation import bm25_scores, model_scores, retrieval_test
 from st_llm_embed.hub import demand_empty, demand_room, save_sealed, written_beside
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import build_model
 from st_llm_embed.report import card_section, draw_report, results_table
+from st_llm_embed.retrieval_test import bm25_scores, model_scores, retrieval_test
 from st_llm_embed.tasks import Task, encoding_prompts
 from st_llm_embed.trainer import LLMEmbedTrainer
 from st_llm_embed.training_args import LLMEmbedTrainingArguments

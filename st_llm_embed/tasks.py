@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -108,19 +109,31 @@ class Task:
 def known_task(name: str) -> Task:
     """The task of a public data set, with this package's instruction for it (``data/tasks.json``).
 
-    Another setting is ``dataclasses.replace(known_task("scifact"), negatives=7)``.
+    Another setting is ``dataclasses.replace(known_task("scifact"), negatives=7)``. Its name may be written as mteb
+    does, such as ``SciFact`` or ``Banking77Classification``.
 
     Raises:
         ValueError: for a name that is not there, with the nearest that are.
     """
     known = json.loads(resources.files(__package__).joinpath("data/tasks.json").read_text(encoding="utf-8"))
-    if name not in known:
+    found = next((own for own in known if same_task(own, name)), None)
+    if found is None:
         near = get_close_matches(name.lower(), known, n=5)
         raise ValueError(
             f"No task is known as {name!r}. {'Near it' if near else 'Known'}: {', '.join(near or known)}. Fix: one of "
             f"these, or one of your own, Task({name!r}, 'what to do, in one sentence', kind)."
         )
-    return Task(name, **known[name])
+    return Task(found, **known[found])
+
+
+def same_task(name: str, other: str) -> bool:
+    """Whether two names are spellings of one: ``sts_13`` and ``STS13``, ``scifact`` and ``SciFactRetrieval.v2``."""
+    return _spelled(name) == _spelled(other)
+
+
+def _spelled(name: str) -> str:
+    letters = re.sub(r"\.v\d+$|[^a-z0-9]", "", name.lower())
+    return re.sub(r"(.)(pairclassification|classification|clustering|retrieval|reranking)$", r"\1", letters)
 
 
 def before_text(instruction: str, model_prompt: str | None) -> str:

@@ -24,10 +24,10 @@ from transformers import set_seed
 
 from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, PretextLoss, build_model
 from st_llm_embed.data import consecutive_texts
-from st_llm_embed.data.beir import read_qrels
+from st_llm_embed.data.beir import relevant_documents
 from st_llm_embed.data.sources import joined, read_json_lines
 from st_llm_embed.demo import bundled_llm
-from st_llm_embed.evaluation import bm25_scores, model_scores, retrieval_test
+from st_llm_embed.retrieval_test import bm25_scores, model_scores, retrieval_test
 
 SEEDS = (0, 1, 2)
 BATCH = 8
@@ -51,7 +51,7 @@ VARIANTS: dict[str, tuple[type[PretextLoss], str] | None] = {
 
 def held_back(folder: Path) -> InformationRetrievalEvaluator:
     """The test queries of a set in BEIR's layout; its relevant documents and the first others."""
-    judged_by_query, _ = read_qrels(folder / "qrels" / "test.tsv", 1, Counter())
+    judged_by_query, _ = relevant_documents(folder / "qrels" / "test.tsv", 1, Counter())
     relevant = {query: set(documents) for query, documents in judged_by_query.items()}
     corpus = read_json_lines(folder / "corpus.jsonl.gz")
     documents = {row["_id"]: joined(row["title"], row["text"]) for _, row in corpus}

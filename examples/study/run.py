@@ -1,0 +1,185 @@
+"""The study's rows: train each as ``study.yaml`` says, evaluate it on all test sets, keep the figures.
+
+    python examples/study/run.py --data ../shared/data --output study-cpu --size cpu --seeds 0
+
+Each row is a configuration of ``st-llm-embed train``. A row whose figures are there is not run again; a stage that
+another row began with in the same way is taken from there. Several processes may share the work by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import mteb
+import torch
+import yaml
+from prepare import TEACHER
+from transformers import set_seed
+
+from st_llm_embed import build_model
+from st_llm_embed.demo import bundled_llm
+from st_llm_embed.evaluation import evaluate
+from st_llm_embed.evaluation.evaluate import find_tasks
+from st_llm_embed.hub import written_beside
+from st_llm_embed.stages import train_stages
+
+PEERS = ("BM25", "all-MiniLM-L6-v2")
+NOT_MODEL = {"stages", "negatives", "classes"}
+
+
+def configuration(
+    study: dict[str, Any], row: dict[str, Any], size: dict[str, Any], folders: tuple[Path, Path], seed: int
+) -> dict[str, Any]:
+    """The settings of ``train_stages`` for one row, but for its output."""
+    source, prepared = folders
+    of = {**study["base"], **row}
+    train = study["train"]
+    mined = [*train["retrieval"], *train["sts"]]
+    data: dict[str, Any] = {
+        name: {
+            "read": "load_dataset",
+            "path": "json",
+            "data_files": str(prepared / f"{name}-{of['negatives']}.jsonl.gz"),
+            "split": "train",
+        }
+        for name in mined
+    }
+    for name in train["nli"]:
+        data[name] = {"read": "from_nli", "source": str(source / name / "train.jsonl.gz"), "label": "label_text"}
+    for name in train["classes"]:
+        data[name] = {
+            "read": f"from_class_{of['classes']}",
+            "source": str(prepared / f"{name}.jsonl.gz"),
+            "label": "label_text",
+            "negatives": size["negatives"],
+        }
+    groups = {"retrieval": train["retrieval"], "all": list(data), "pretext": ["wikipedia_en"]}
+    data["wikipedia_en"] = {
+        "read": "consecutive_texts",
+        "documents": str(source / "wikipedia_en" / "train.jsonl.gz"),
+        "document_column": "doc",
+        "max_characters": 300,
+    }
+    stages = []
+    for name in of["stages"]:
+        stage = study["stages"][name]
+        pretext = stage["data"] == "pretext"
+        steps = size["pretext_steps" if pretext else "steps"] * stage.get("steps", 1)
+        entry = {
+            "name": name,
+            "data": groups[stage["data"]],
+            "arguments": {**stage.get("arguments", {}), "max_steps": steps},
+        }
+        stages.append({**entry, "loss": stage["loss"]} if "loss" in stage else entry)
+    model = {key: value for key, value in of.items() if key not in NOT_MODEL}
+    if model["recipe"] != "nv-embed":
+        model.pop("num_latents")
+    return {
+        "seed": seed,
+        "model": {
+            "base": str(bundled_llm()),
+            **model,
+            "num_layers": size["layers"],
+            "max_seq_length": size["max_seq_length"],
+        },
+        "data": data,
+        "stages": stages,
+        "arguments": {
+            "per_device_train_batch_size": size["batch_size"],
+            "learning_rate": size["learning_rate"],
+            "warmup_steps": 0.1,
+            "weight_decay": 0.03,
+            "sampling_temperature": 2.0,
+            "bf16": True,
+            "use_cpu": not torch.cuda.is_available(),
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "save_strategy": "no",
+            "logging_steps": 10,
+        },
+    }
+
+
+def train(config: dict[str, Any], output: Path) -> Path:
+    """The trained model's folder. What its stages begin with is kept for other rows."""
+    kept = [output / "models" / _key(config, count) for count in range(len(config["stages"]) + 1)]
+    if not kept[-1].is_dir() and not config["stages"]:
+        set_seed(config["seed"])
+        with written_beside(kept[-1]) as staged:
+            build_model(**config["model"]).save_pretrained(str(staged))
+    if not kept[-1].is_dir():
+        run = output / "scratch" / kept[-1].name
+        config = {**config, "output": str(run)}
+        places = [run / f"{number}-{stage['name']}" / "model" for number, stage in enumerate(config["stages"], 1)]
+        if not run.is_dir():  # as a run that was stopped after the stages that are there
+            run.mkdir(parents=True)
+            (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=True), encoding="utf-8")
+        for folder, place in zip(kept[1:], places, strict=True):
+            if folder.is_dir() and not place.is_dir():
+                shutil.copytree(folder, place)
+        train_stages(config)
+        for folder, place in zip(kept[1:], places, strict=True):
+            if not folder.is_dir():
+                with written_beside(folder) as staged:
+                    place.rename(staged)
+        shutil.rmtree(run)
+    return kept[-1]
+
+
+def _key(config: dict[str, Any], stages: int) -> str:
+    """Names what the first stages give: equal beginnings have equal keys."""
+    first = config["stages"][:stages]
+    used = {name: config["data"][name] for stage in first for name in stage["data"]}
+    what = {**config, "stages": first, "data": used}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_row(name: str, seed: int, study: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write one row's figures, unless they are there."""
+    size = study["sizes"][arguments.size]
+    file = arguments.output / "rows" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+    if file.is_file():
+        return
+    start = time.perf_counter()
+    tests = [arguments.output / "data" / "test" / test for names in study["tests"].values() for test in names]
+    if name == "BM25":
+        tasks = [task for test in tests if (test / "qrels").is_dir() for task in find_tasks(test)]
+        found = mteb.evaluate(mteb.get_model("mteb/baseline-bm25s"), tasks, cache=None).task_results
+    else:
+        folder = TEACHER
+        if name != "all-MiniLM-L6-v2":
+            folders = arguments.data, arguments.output / "data" / "train"
+            folder = train(configuration(study, study["rows"][name], size, folders, seed), arguments.output)
+        found = evaluate(folder, tests, arguments.output / "results", batch_size=64, dtype="bfloat16").results
+    figures = {result.task_name: round(result.get_score(), 5) for result in found}
+    with written_beside(file) as staged:
+        seconds = round(time.perf_counter() - start)
+        row = {"row": name, "seed": seed, "size": arguments.size, "seconds": seconds, "scores": figures}
+        staged.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    print(f"{name}, seed {seed}: {seconds} s", flush=True)
+
+
+def main() -> None:
+    """Run what is missing."""
+    study = yaml.safe_load(Path(__file__).with_name("study.yaml").read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the study, after prepare.py")
+    parser.add_argument("--size", default="cpu", help="of study.yaml (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trained rows (default: 0)")
+    parser.add_argument("--rows", nargs="+", help="of study.yaml, and the peers (default: all)")
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        for name in arguments.rows or [*PEERS, *study["rows"]]:
+            untrained = name in PEERS or study["rows"][name].get("stages") == []
+            if seed == 0 or not untrained:
+                run_row(name, seed, study, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A SentenceTransformer as mteb calls it, each task under the prompt that the model saved for it.
+
+mteb's own wrapper drops saved prompts whose name is not an mteb task's, and a model trained with instructions needs
+one for every task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from st_llm_embed.tasks import Task, before_text, known_task, same_task
+
+
+class PromptedEncoder(AbsEncoder):
+    """What mteb evaluates.
+
+    Args:
+        model: to evaluate.
+        name: of the model in results.
+        revision: of the model; results are kept by it.
+        settings: what else the figures depend on; results are kept by it too.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, name: str, revision: str, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.model = model
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {
+                "name": name,
+                "revision": revision,
+                "max_tokens": model.max_seq_length,
+                "embed_dim": model.get_embedding_dimension(),
+                "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "framework": ["Sentence Transformers", "PyTorch"],
+                "experiment_kwargs": dict(settings) if settings else None,
+            }
+        )
+
+    def prompt(self, task: TaskMetadata, side: PromptType | None = None) -> str:
+        """The prompt of a task's queries, documents, or symmetric texts (``side=None``); "" for none.
+
+        For queries and symmetric texts, the first of: the model's prompt by the task's name; for a model with
+        instructions, this package's or mteb's instruction for the task; the model's ``query`` or ``similarity``
+        prompt. For documents, the model's prompt for these.
+        """
+        saved = {name: prompt for name, prompt in self.model.prompts.items() if prompt}
+        if side == PromptType.document:
+            return next((saved[name] for name in ("document", "passage", "corpus") if name in saved), "")
+        if (own := next((name for name in saved if same_task(name, task.name)), None)) is not None:
+            return saved[own]
+        general = saved.get("query" if side else "similarity", "")
+        instructed = any(prompt.startswith("Instruct: ") for prompt in saved.values())
+        if instructed and (instruction := _instruction(task)):
+            return before_text(Task(task.name, instruction).prompt, general)
+        return general or ("" if side else saved.get(self.model.default_prompt_name or "", ""))
+
+    def encode(
+        self,
+        inputs: Iterable[dict[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Embeddings ``(texts, dim)`` of the batches of a data loader. Called by mteb."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        sides = {PromptType.query: self.model.encode_query, PromptType.document: self.model.encode_document}
+        encode = sides.get(prompt_type, self.model.encode)
+        return encode(texts, prompt=self.prompt(task_metadata, prompt_type), **kwargs)
+
+    def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
+        return self.model.similarity(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
+        return self.model.similarity_pairwise(embeddings1, embeddings2)
+
+
+def _instruction(task: TaskMetadata) -> str | None:
+    try:
+        return known_task(task.name).instruction
+    except ValueError:
+        return task.prompt.get("query") if isinstance(task.prompt, Mapping) else task.prompt

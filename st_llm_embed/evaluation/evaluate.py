@@ -1,0 +1,191 @@
+"""One call evaluates a model on mteb's tasks and local ones, under its saved prompts.
+
+Results are mteb's own files, kept by the model's revision, its precision and its attention: what is there already is
+not computed again, so an interrupted evaluation goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import mteb
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from mteb.abstasks import AbsTask, AbsTaskRetrieval
+from mteb.results import TaskResult
+from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+
+from st_llm_embed.evaluation.encoder import PromptedEncoder
+from st_llm_embed.evaluation.local_tasks import local_task
+from st_llm_embed.hub.checking import demand_known_code
+from st_llm_embed.hub.folders import PICKLES, has_code
+from st_llm_embed.version import __version__
+
+logger = logging.getLogger(__name__)
+OFFLINE = (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What ``evaluate`` found.
+
+    Args:
+        results: of each task, as mteb has them.
+        table: the same, in Markdown.
+        folder: where both are.
+    """
+
+    results: list[TaskResult]
+    table: str
+    folder: Path
+
+
+def evaluate(
+    source: str | Path,
+    tasks: Sequence[str | Path],
+    output: str | Path,
+    *,
+    split: str = "test",
+    batch_size: int = 32,
+    dtype: str | None = None,
+    attn_implementation: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluated:
+    """Evaluate a model.
+
+    Args:
+        source: a folder or a Hub id.
+        tasks: names of mteb's tasks or benchmarks, and folders in the layouts of ``local_tasks``.
+        output: the folder of results; those in it already are kept.
+        split: of the local tasks.
+        batch_size: texts encoded at once.
+        dtype, attn_implementation: of the LLM, such as ``bfloat16`` and ``sdpa``. Default: as the model says.
+        device: default: the best there is.
+        revision: branch, tag or commit of a Hub id.
+        trust_remote_code: run code in ``source`` that this package does not ship.
+
+    Raises:
+        FileNotFoundError: for a split that a folder does not have.
+        ValueError: for an unknown task, two of one name, a folder in another layout, or unknown code in the model.
+        ConnectionError: for a task whose data are on the Hub, while it cannot be reached.
+    """
+    chosen = [task for name in tasks for task in find_tasks(name, split)]
+    names = [task.metadata.name for task in chosen]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"The tasks {twice} are named twice, and results are kept by name.")
+    root, commit = find_model(source, revision)
+    model = load_model(root, dtype, attn_implementation, device, trust_remote_code)
+    settings = {"dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": attention_of(model)}
+    encoder = PromptedEncoder(model, Path(source).name if Path(source).is_dir() else str(source), commit, settings)
+    if not any(model.prompts.values()):
+        logger.warning("%s has no prompts saved: all texts are encoded without.", source)
+    cache = mteb.ResultCache(output)
+    results = []
+    for task in chosen:
+        try:
+            results += mteb.evaluate(encoder, task, cache=cache, encode_kwargs={"batch_size": batch_size}).task_results
+        except OFFLINE as error:
+            raise ConnectionError(
+                f"The data of {task.metadata.name} are on the Hub ({task.metadata.dataset['path']}), which cannot be "
+                f"reached: {error} Fix: evaluate on folders, or download them where there is a network. The results "
+                f"of other tasks are kept in {output}."
+            ) from error
+    folder = cache.get_task_result_path("results", encoder.mteb_model_meta).parent
+    table = _table(results, chosen, encoder, settings)
+    (folder / "results.md").write_text(table, encoding="utf-8")
+    return Evaluated(results, table, folder)
+
+
+def find_tasks(name: str | Path, split: str = "test") -> list[AbsTask]:
+    """The task of a folder, mteb's task of this name, or the tasks of mteb's benchmark of this name."""
+    if Path(name).is_dir():
+        return [local_task(name, split)]
+    known = [task.metadata.name for task in mteb.get_tasks()]
+    if name in known:
+        return [mteb.get_task(str(name))]
+    benchmarks = [benchmark.name for benchmark in mteb.get_benchmarks()]
+    if name in benchmarks:
+        return list(mteb.get_benchmark(str(name)).tasks)
+    near = get_close_matches(str(name), [*known, *benchmarks], n=5, cutoff=0.4)
+    raise ValueError(
+        f"{name} is neither a folder nor a task or benchmark of mteb {mteb.__version__}. Near it: {', '.join(near)}."
+    )
+
+
+def find_model(source: str | Path, revision: str | None = None) -> tuple[Path, str]:
+    """The folder of a model, and what names this state of it: the commit, or a hash of its files."""
+    if Path(source).is_dir():
+        hashed = hashlib.sha256()
+        for file in sorted(Path(source).rglob("*")):
+            if file.is_file() and file.name != "README.md":
+                hashed.update(str(file.relative_to(source)).encode())
+                with file.open("rb") as content:
+                    while block := content.read(1 << 24):
+                        hashed.update(block)
+        return Path(source), hashed.hexdigest()[:16]
+    root = Path(snapshot_download(str(source), revision=revision, ignore_patterns=[*PICKLES]))
+    return root, root.name
+
+
+def load_model(
+    root: Path,
+    dtype: str | None = None,
+    attn_implementation: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """Load a folder; its code runs if this package ships it, or if told to.
+
+    Raises:
+        ValueError: for unknown code.
+    """
+    code = (root / "modules.json").is_file() and has_code(root)
+    if code and not trust_remote_code:
+        demand_known_code(root)
+    wanted = {"dtype": dtype, "attn_implementation": attn_implementation}
+    return SentenceTransformer(
+        str(root),
+        device=device,
+        trust_remote_code=code or trust_remote_code,
+        model_kwargs={key: value for key, value in wanted.items() if value},
+    )
+
+
+def attention_of(model: SentenceTransformer) -> str:
+    """The attention implementation of a model's transformer."""
+    config = getattr(getattr(model[0], "auto_model", None), "config", None)
+    return getattr(config, "_attn_implementation", None) or "unknown"
+
+
+def _table(
+    results: Sequence[TaskResult], tasks: Sequence[AbsTask], encoder: PromptedEncoder, settings: dict[str, Any]
+) -> str:
+    """The main figure of every task, and the means of each kind."""
+    meta = encoder.mteb_model_meta
+    lines = [
+        f"{meta.name} ({meta.revision}), {settings['dtype']}, {settings['attn_implementation']} attention; "
+        f"st-llm-embed {__version__}, mteb {mteb.__version__}.",
+        "",
+        "| task | kind | figure | score | prompt |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    scores: dict[str, list[float]] = {}
+    for result, task in zip(results, tasks, strict=True):
+        score = result.get_score()
+        scores.setdefault(task.metadata.type, []).append(score)
+        prompt = encoder.prompt(task.metadata, PromptType.query if isinstance(task, AbsTaskRetrieval) else None)
+        shown = f"`{prompt}`".replace("\n", "\\n").replace("|", "\\|") if prompt else "none"
+        cells = [task.metadata.name, task.metadata.type, task.metadata.main_score, f"{score:.4f}", shown]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| kind | tasks | mean |", "| --- | --- | --- |"]
+    lines += [f"| {kind} | {len(own)} | {sum(own) / len(own):.4f} |" for kind, own in scores.items()]
+    return "\n".join(lines) + "\n"

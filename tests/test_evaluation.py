@@ -1,0 +1,229 @@
+"""Evaluation: local folders as mteb's tasks, saved prompts, independent figures, resume, parity, bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from math import log2
+
+import mteb
+import numpy as np
+import pytest
+import pytrec_eval
+from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+
+from st_llm_embed import Task, build_model
+from st_llm_embed.cli import main
+from st_llm_embed.evaluation import PromptedEncoder, evaluate, local_task, parity
+from st_llm_embed.tasks import encoding_prompts
+
+WORDS = "how do I parse the command line a cat sat on mat seven dogs barking at moon fox jumped over them".split()
+TASKS = (
+    Task("questions", "Find what answers the question"),
+    Task("similar", "Find sentences that mean the same", "sts"),
+)
+
+
+def text(*seed: int) -> str:
+    return " ".join(np.random.default_rng(seed).choice(WORDS, 6))
+
+
+def lines(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    if file.suffix == ".gz":
+        file.write_bytes(gzip.compress(content.encode()))
+    else:
+        file.write_text(content)
+
+
+def make_retrieval(folder, extra=()):
+    lines(folder / "corpus.jsonl", ({"_id": f"d{i}", "title": "", "text": text(0, i)} for i in range(40)))
+    lines(folder / "queries.jsonl.gz", ({"_id": f"q{i}", "text": text(1, i)} for i in range(12)))
+    judged = [(f"q{i}", f"d{(7 * i + k) % 40}", 2 - k) for i in range(12) for k in range(3)]
+    rows = "".join(f"{query}\t{document}\t{score}\n" for query, document, score in [*judged, *extra])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Eight data sets of five kinds."""
+    root = tmp_path_factory.mktemp("data")
+    for name in ("questions", "scifact"):
+        make_retrieval(root / name)
+    for name in ("similar", "sts13"):
+        pairs = [{"sentence1": text(2, i), "sentence2": text(3, i), "score": i % 6} for i in range(30)]
+        lines(root / name / "test.jsonl", pairs)
+    pairs = [{"sentence1": text(4, i), "sentence2": text(5, i), "label": i % 2} for i in range(30)]
+    lines(root / "mrpc" / "test.jsonl.gz", pairs)
+    labelled = [{"text": text(6, i), "label": i % 3} for i in range(60)]
+    for name in ("moods", "Banking77"):
+        lines(root / name / "train.jsonl", labelled)
+        lines(root / name / "test.jsonl", labelled[:30])
+    lines(root / "topics" / "test.jsonl", labelled)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model_folder(llm, tmp_path_factory):
+    """A sealed model with two tasks' prompts."""
+    model = build_model(llm, "nv-embed", num_latents=8, head_dim=8)
+    model.prompts.update(encoding_prompts(TASKS, model.prompts))
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def test_eight_local_tasks_of_five_kinds_give_the_same_twice(folders, model_folder, tmp_path, monkeypatch):
+    sets = sorted(folders.iterdir())
+    first = evaluate(model_folder, sets, tmp_path / "one", batch_size=8)
+    again = evaluate(model_folder, sets, tmp_path / "two", batch_size=8)
+    scores = {result.task_name: result.get_score() for result in first.results}
+    assert scores == {result.task_name: result.get_score() for result in again.results}
+    assert len(scores) == 8 and all(np.isfinite(score) for score in scores.values())
+    kinds = {line.split(" | ")[1] for line in first.table.splitlines() if line.count(" | ") == 4}
+    assert kinds - {"kind", "---"} == {"Retrieval", "STS", "PairClassification", "Classification", "Clustering"}
+    assert (first.folder / "results.md").read_text() == first.table
+    settings = json.loads((first.folder / "model_meta.json").read_text())
+    assert settings["experiment_kwargs"] == {"dtype": "float32", "attn_implementation": "sdpa"}
+    # What is there is not computed again.
+    monkeypatch.setattr(PromptedEncoder, "encode", None)
+    assert evaluate(model_folder, sets, tmp_path / "one").table == first.table
+
+
+def test_retrieval_figure_is_that_of_pytrec_eval_and_of_the_formula(folders, model_folder, tmp_path):
+    found = evaluate(model_folder, [folders / "questions"], tmp_path).results[0].get_score()
+    model = SentenceTransformer(str(model_folder), trust_remote_code=True)
+    queries = model.encode_query([text(1, i) for i in range(12)], prompt=model.prompts["questions"])
+    scores = model.similarity(queries, model.encode_document([text(0, i) for i in range(40)])).numpy()
+    judged = {f"q{i}": {f"d{(7 * i + k) % 40}": 2 - k for k in range(3)} for i in range(12)}
+    run = {f"q{i}": {f"d{j}": float(score) for j, score in enumerate(row)} for i, row in enumerate(scores)}
+    figures = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(run)
+    assert found == pytest.approx(np.mean([own["ndcg_cut_10"] for own in figures.values()]), abs=1e-4)
+
+    def dcg(gains):
+        return sum(gain / log2(rank + 2) for rank, gain in enumerate(gains[:10]))
+
+    by_hand = []
+    for i, row in enumerate(scores):
+        grades = judged[f"q{i}"]
+        by_hand.append(dcg([grades.get(f"d{j}", 0) for j in np.argsort(-row)]) / dcg([2, 1, 0]))
+    assert found == pytest.approx(np.mean(by_hand), abs=1e-4)
+
+
+def test_another_state_precision_or_data_set_is_computed_anew(folders, model_folder, tmp_path):
+    first = evaluate(model_folder, [folders / "similar"], tmp_path)
+    assert evaluate(model_folder, [folders / "similar"], tmp_path, dtype="bfloat16").folder != first.folder
+    copied = tmp_path / "similar"
+    rows = [{"sentence1": text(9, i), "sentence2": text(3, i), "score": i % 6} for i in range(30)]
+    lines(copied / "test.jsonl", rows)
+    assert evaluate(model_folder, [copied], tmp_path).results[0].get_score() != first.results[0].get_score()
+    model = SentenceTransformer(str(model_folder), trust_remote_code=True)
+    model[1].latents.data.mul_(2)
+    model.save_pretrained(str(tmp_path / "tiny"))
+    assert evaluate(tmp_path / "tiny", [folders / "similar"], tmp_path).folder != first.folder
+
+
+def test_which_prompt_a_task_gets(llm, folders):
+    model = build_model(llm, "nv-embed", num_latents=8, head_dim=8)
+    model.prompts.update(encoding_prompts(TASKS, model.prompts))
+    encoder = PromptedEncoder(model, "m", "1")
+
+    def prompts(name):
+        task = local_task(folders / name) if (folders / name).is_dir() else mteb.get_task(name)
+        return [encoder.prompt(task.metadata, side) for side in (PromptType.query, PromptType.document, None)]
+
+    assert prompts("questions")[:2] == [TASKS[0].prompt, ""]
+    assert prompts("similar")[2] == TASKS[1].prompt
+    assert "scientific" in prompts("scifact")[0]  # this package's instruction
+    assert "Instruct: " in prompts("STS13")[2]
+    assert prompts("FiQA2018")[0].startswith("Instruct: Given a financial question")  # mteb's
+    model.prompts = {"query": "query: ", "passage": "passage: "}
+    assert prompts("scifact") == ["query: ", "passage: ", ""]
+    llara = PromptedEncoder(build_model(llm, "llara"), "m", "1")
+    sort = [llara.prompt(local_task(folders / "moods").metadata, side) for side in (PromptType.query, None)]
+    assert sort == ["{text} The next sentence:", "{text} The original sentence:"]
+
+
+def test_a_model_without_prompts_is_evaluated_without_and_says_so_once(llm, folders, tmp_path, caplog):
+    build_model(llm, "mean").save_pretrained(str(tmp_path / "model"))
+    with caplog.at_level(logging.WARNING):
+        evaluated = evaluate(tmp_path / "model", [folders / "similar", folders / "moods"], tmp_path / "results")
+    assert sum("no prompts" in message for message in caplog.messages) == 1
+    assert evaluated.table.count("| none |") == 2
+
+
+def test_judgements_of_what_is_not_there_are_counted(tmp_path, caplog):
+    make_retrieval(tmp_path / "set", [("q0", "gone", 1), ("q99", "d1", 1), ("q3", "gone", 2)])
+    task = local_task(tmp_path / "set")
+    with caplog.at_level(logging.WARNING):
+        task.load_data()
+    assert task.counts["judgements of missing documents"] == 2
+    assert task.counts["judgements of missing queries"] == 1
+    assert "missing documents" in caplog.text
+    assert set(task.dataset["default"]["test"]["relevant_docs"]) == {f"q{i}" for i in range(12)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "a", "answer": "b"}], "The layouts are"),
+        ([], "The layouts are"),
+        ([{"sentence1": "a", "sentence2": "b", "label": label} for label in (0, 1, 2)], "Labels are 1"),
+    ],
+)
+def test_a_folder_in_another_layout_is_refused(tmp_path, rows, message):
+    lines(tmp_path / "set" / "test.jsonl", rows)
+    with pytest.raises(ValueError, match=message):
+        local_task(tmp_path / "set").load_data()
+
+
+def test_grades_are_whole_numbers(tmp_path):
+    task = local_task(make_retrieval(tmp_path / "set", [("q0", "d1", 0.5)]))
+    with pytest.raises(ValueError, match="grades 'd1' for 'q0' by 0.5"):
+        task.load_data()
+
+
+def test_a_split_that_is_not_there_names_those_that_are(folders):
+    with pytest.raises(FileNotFoundError, match="train.jsonl"):
+        local_task(folders / "moods", "dev")
+    with pytest.raises(FileNotFoundError, match="Splits of .*: test"):
+        local_task(folders / "questions", "dev")
+
+
+def test_unknown_and_unreachable_tasks(folders, model_folder, tmp_path):
+    with pytest.raises(ValueError, match="Near it: .*SciFact"):
+        evaluate(model_folder, ["SciFacts"], tmp_path)
+    with pytest.raises(ValueError, match="named twice"):
+        evaluate(model_folder, [folders / "moods", folders / "moods"], tmp_path)
+    with pytest.raises(ConnectionError, match="The data of STS13 are on the Hub"):
+        evaluate(model_folder, [folders / "similar", "STS13"], tmp_path)
+    assert list(tmp_path.rglob("similar.json"))  # what was done stays
+
+
+def test_a_benchmark_is_its_tasks():
+    from st_llm_embed.evaluation.evaluate import find_tasks
+
+    assert len(find_tasks("MTEB(eng, v2)")) > 30
+
+
+def test_parity(folders, model_folder):
+    rows = {row.ways: row for row in parity(model_folder, [folders / "questions", folders / "moods"], batch_size=8)}
+    assert set(rows) == {"padded, one at a time", "SDPA, eager", "float32, bfloat16"}
+    for ways in ("padded, one at a time", "SDPA, eager"):
+        assert rows[ways].difference < 1e-5 and rows[ways].neighbours == 1
+    assert 1e-5 < rows["float32, bfloat16"].difference < 0.1
+
+
+def test_the_command(folders, model_folder, tmp_path, capsys):
+    task, output = str(folders / "similar"), str(tmp_path / "results")
+    assert main(["evaluate", str(model_folder), "--tasks", task, "--output", output]) == 0
+    assert "| similar | STS | cosine_spearman |" in capsys.readouterr().out
+    assert main(["evaluate", str(model_folder), "--tasks", task, "--output", output, "--parity"]) == 0
+    assert "| SDPA, eager |" in (tmp_path / "results" / "parity.md").read_text()
+    assert main(["evaluate", str(model_folder), "--tasks", "nothing", "--output", output]) == 2
+    assert "neither a folder nor a task" in capsys.readouterr().err
