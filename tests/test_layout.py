@@ -18,7 +18,7 @@ LAYERS = [
     {"modules", "version", "demo_search", "card", "merging"},
     {"hub"},
     {"tasks", "gguf", "data", "report", "averaging", "sampler", "embedding_cache", "mining", "export"},
-    {"model", "losses", "training_args", "evaluation", "architectures", "collator"},
+    {"model", "losses", "training_args", "evaluation", "retrieval_test", "architectures", "collator"},
     {"trainer", "convert"},
     {"demo", "stages"},
     {"cli"},
