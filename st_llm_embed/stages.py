@@ -237,8 +237,10 @@ def _card_row(stage: Stage, data: Mapping[str, Any], arguments: Mapping[str, Any
 
 
 def _carry_over(folder: Path, model: SentenceTransformer) -> None:
-    """The weights that a stage ended with; strict, so that another model's are not taken for them."""
-    model.load_state_dict(SentenceTransformer(str(folder), device="cpu", trust_remote_code=True).state_dict())
+    """The weights and prompts that a stage ended with; strict, so that another model's are not taken for them."""
+    ended = SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
+    model.load_state_dict(ended.state_dict())
+    model.prompts = ended.prompts
 
 
 def _last_checkpoint(folder: Path) -> str | None:

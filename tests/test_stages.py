@@ -125,6 +125,18 @@ def test_three_stages_and_what_they_leave(settings, tmp_path, capsys):
         torch.testing.assert_close(tensor, third[name], atol=1e-6, rtol=0)
 
 
+def test_a_run_that_goes_on_has_the_prompts_of_the_stages_before(settings):
+    """The last stage does not train the retrieval task, whose prompt its model must still have."""
+    settings["stages"] = settings["stages"][1:]
+    settings["stages"][1] |= {"data": ["banking77"], "arguments": {"stage": 2, "max_steps": 1}}
+    last = train_stages(settings)
+    expected = SentenceTransformer(str(last), trust_remote_code=True).prompts
+    assert expected["pairs"] == expected["query"] and expected["banking77"].startswith("Instruct: ")
+    last.rename(last.with_name("before"))
+    assert train_stages(settings) == last
+    assert SentenceTransformer(str(last), trust_remote_code=True).prompts == expected
+
+
 def test_a_configuration_that_makes_no_sense_is_refused(settings, tmp_path):
     def changed(**changes) -> dict:
         return {**settings, "output": str(tmp_path / f"at-{time.monotonic_ns()}"), **changes}
