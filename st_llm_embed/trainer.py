@@ -84,7 +84,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             # With it, the backbone's query_length and document_length hold in training as in encode_query.
             args.router_mapping = {name: self.tasks[name].column_sides(own) for name, own in columns.items()}
             # In blended batches each has as many columns as the task with the most, on every process.
-            self.num_negatives = max(len(text_columns(own)) - 2 for own in columns.values()) if args.blended else None
+            self.num_negatives = max(map(len, columns.values())) - 2 if args.blended else None
             if loss is None:
                 loss = InstructionContrastiveLoss(
                     model,
@@ -105,7 +105,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             self.model.prompts.update(encoding_prompts(tasks, self.model.prompts))
 
     def _check_tasks(self, dataset: AnyDataset) -> dict[str, list[str]]:
-        """Each data set's columns, after checking them."""
+        """Each data set's columns of text, after checking them."""
         if not isinstance(dataset, dict):
             raise ValueError(
                 f"tasks= needs a dict of data sets by task name, such as {{{next(iter(self.tasks))!r}: dataset}}; got "
@@ -121,7 +121,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                     "some (st-llm-embed mine), or allow in-batch ones in stage 1: "
                     f"Task({name!r}, ..., in_batch_negatives=True)."
                 )
-        return {name: list(rows.column_names) for name, rows in dataset.items()}
+        return {name: text_columns(rows.column_names) for name, rows in dataset.items()}
 
     def get_data_collator(
         self, model: SentenceTransformer, args: LLMEmbedTrainingArguments, processing_class: Any = None
