@@ -461,6 +461,30 @@ def test_bad_arguments_are_refused(llm, tmp_path):
         LLMEmbedTrainer(model, args, stream, loss=PretextLoss(model))
 
 
+def test_pooling_that_cannot_leave_out_blended_prompts_is_refused(llm, tmp_path):
+    """sentence-transformers' own knows one prompt for a batch, under our backbone too."""
+    model = build_model(llm, "mean", include_prompt=False).eval()
+    data = {"docs": rows(1), "topics": rows(1)}
+    with pytest.raises(ValueError, match="Pooling.include_prompt=False. can leave out only one.*Set blended=False"):
+        LLMEmbedTrainer(model, arguments(tmp_path, stage=2), data, tasks=[DOCS, TOPICS])
+    for own, tasks, blended in (
+        ({"docs": rows(1)}, [DOCS], True),
+        ({"docs": rows(1), "same": rows(1)}, [DOCS, replace(DOCS, name="same")], True),
+        (data, [DOCS, TOPICS], False),
+    ):
+        trainer = LLMEmbedTrainer(model, arguments(tmp_path, stage=2, blended=blended), own, tasks=tasks)
+        names = list(own) if blended else ["topics"]
+        batch = trainer.data_collator([{**rows(1)[i], "dataset_name": name} for i, name in enumerate(names)])
+        features, _ = trainer.collect_features(batch)
+        with torch.no_grad():
+            vectors = model(features[0])["sentence_embedding"].numpy()
+        for i, name in enumerate(names):
+            expected = model.encode(rows(1)[i]["anchor"], prompt=trainer.tasks[name].prompt)
+            assert vectors[i] == pytest.approx(expected, abs=1e-6)
+    model.set_pooling_include_prompt(True)
+    LLMEmbedTrainer(model, arguments(tmp_path, stage=2), data, tasks=[DOCS, TOPICS])
+
+
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
 def test_uploads_during_training_are_refused(tmp_path, strategy):
     with pytest.raises(ValueError, match=f"hub_strategy='{strategy}' uploads checkpoints.*Use hub_strategy='end'"):
