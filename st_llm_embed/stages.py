@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ READERS: dict[str, Callable[..., Any]] = {
 PRETEXT = consecutive_texts.__name__
 TASK_SETTINGS = {field.name for field in fields(Task)} - {"name", "negatives"}
 KEYS = {"output": str, "model": dict, "data": dict, "stages": list, "arguments": dict, "seed": int}
+STAGE_KEYS = {"name": str, "data": list, "arguments": dict, "loss": dict}
 
 
 @dataclass(frozen=True)
@@ -140,25 +141,39 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
 
 
 def _read_stages(settings: Mapping[str, Any]) -> list[Stage]:
-    wrong = [key for key, value in settings.items() if not isinstance(value, KEYS.get(key, ()))]
-    missing = [key for key in ("output", "model", "data", "stages") if key not in settings]
-    if wrong or missing:
-        raise ValueError(
-            f"The configuration lacks {missing}, and has unknown or misshapen {wrong}. It takes "
-            + ", ".join(f"{key} ({kind.__name__})" for key, kind in KEYS.items())
-            + "; see st_llm_embed.stages."
-        )
-    stages = []
-    for entry in settings["stages"]:
-        if unknown := sorted(set(entry) - {field.name for field in fields(Stage)}):
+    _check_settings("The configuration", settings, KEYS, ("output", "model", "data", "stages"))
+    for name, how in settings["data"].items():
+        if not isinstance(how, Mapping):
             raise ValueError(
-                f"The stage {entry} has unknown settings {unknown}: it takes name, data, arguments, loss."
+                f"Data set {name!r} is {how!r}. It takes read, a builder's name, and that builder's arguments: "
+                f"{{{name}: {{read: from_beir, folder: ...}}}}."
             )
+    stages = []
+    for number, entry in enumerate(settings["stages"], 1):
+        _check_settings(f"Stage {number}", entry, STAGE_KEYS, ("name", "data"))
         stage = Stage(**entry)
-        if absent := sorted(set(stage.data) - set(settings["data"])):
-            raise ValueError(f"Stage {stage.name!r} names the data sets {absent}. Known: {sorted(settings['data'])}.")
+        absent = [name for name in stage.data if name not in list(settings["data"])]
+        if absent or not stage.data:
+            wrong = f"the data sets {absent}" if absent else "no data set"
+            raise ValueError(f"Stage {stage.name!r} names {wrong}. Known: {sorted(settings['data'])}.")
         stages.append(stage)
     return stages
+
+
+def _check_settings(what: str, found: Any, kinds: Mapping[str, type], needed: Collection[str]) -> None:
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{what} is {found!r}, no mapping. It takes {_described(kinds)}; see st_llm_embed.stages.")
+    wrong = [key for key, value in found.items() if not isinstance(value, kinds.get(key, ()))]
+    missing = [key for key in needed if key not in found]
+    if wrong or missing:
+        raise ValueError(
+            f"{what} lacks {missing}, and has unknown or misshapen {wrong}. It takes {_described(kinds)}; see "
+            "st_llm_embed.stages."
+        )
+
+
+def _described(kinds: Mapping[str, type]) -> str:
+    return ", ".join(f"{key} ({kind.__name__})" for key, kind in kinds.items())
 
 
 def _claim(output: Path, settings: Mapping[str, Any]) -> None:
@@ -237,8 +252,10 @@ def _card_row(stage: Stage, data: Mapping[str, Any], arguments: Mapping[str, Any
 
 
 def _carry_over(folder: Path, model: SentenceTransformer) -> None:
-    """The weights that a stage ended with; strict, so that another model's are not taken for them."""
-    model.load_state_dict(SentenceTransformer(str(folder), device="cpu", trust_remote_code=True).state_dict())
+    """The weights and prompts that a stage ended with; strict, so that another model's are not taken for them."""
+    ended = SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
+    model.load_state_dict(ended.state_dict())
+    model.prompts = ended.prompts
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.data_collator import BaseDataCollator
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset
 
@@ -46,8 +47,8 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
 
     Raises:
         ValueError: for data sets and tasks that do not match, misnamed columns, empty rows, a task that has neither
-            negatives of its own nor in-batch ones, or ``tasks`` together with ``args.prompts`` or
-            ``args.router_mapping``.
+            negatives of its own nor in-batch ones, ``tasks`` together with ``args.prompts`` or
+            ``args.router_mapping``, or blended prompts that the model's pooling cannot leave out.
         FloatingPointError: in training, when the loss is not finite.
     """
 
@@ -84,7 +85,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             # With it, the backbone's query_length and document_length hold in training as in encode_query.
             args.router_mapping = {name: self.tasks[name].column_sides(own) for name, own in columns.items()}
             # In blended batches each has as many columns as the task with the most, on every process.
-            self.num_negatives = max(len(text_columns(own)) - 2 for own in columns.values()) if args.blended else None
+            self.num_negatives = max(map(len, columns.values())) - 2 if args.blended else None
             if loss is None:
                 loss = InstructionContrastiveLoss(
                     model,
@@ -102,10 +103,11 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                 args.prompts = {"text": loss.prefix + "{text}"}
         super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
         if tasks is not None:
+            _check_pooling(self.model, self.args)
             self.model.prompts.update(encoding_prompts(tasks, self.model.prompts))
 
     def _check_tasks(self, dataset: AnyDataset) -> dict[str, list[str]]:
-        """Each data set's columns, after checking them."""
+        """Each data set's columns of text, after checking them."""
         if not isinstance(dataset, dict):
             raise ValueError(
                 f"tasks= needs a dict of data sets by task name, such as {{{next(iter(self.tasks))!r}: dataset}}; got "
@@ -121,7 +123,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                     "some (st-llm-embed mine), or allow in-batch ones in stage 1: "
                     f"Task({name!r}, ..., in_batch_negatives=True)."
                 )
-        return {name: list(rows.column_names) for name, rows in dataset.items()}
+        return {name: text_columns(rows.column_names) for name, rows in dataset.items()}
 
     def get_data_collator(
         self, model: SentenceTransformer, args: LLMEmbedTrainingArguments, processing_class: Any = None
@@ -217,6 +219,17 @@ def _in_batch(task: Task, args: LLMEmbedTrainingArguments) -> bool:
     if args.in_batch_negatives is not None:
         return args.in_batch_negatives
     return args.stage == 1 and bool(task.in_batch_negatives)
+
+
+def _check_pooling(model: SentenceTransformer, args: LLMEmbedTrainingArguments) -> None:
+    """The host's pooling leaves one prompt out of a whole batch: with several it would pool them without a word."""
+    several = len({frozenset(prompts.items()) for prompts in args.prompts.values()}) > 1
+    if args.blended and several and any(isinstance(m, Pooling) and not m.include_prompt for m in model.modules()):
+        raise ValueError(
+            "blended=True puts rows of different prompts into a batch, and Pooling(include_prompt=False) can leave "
+            "out only one prompt for all of them. Set blended=False, pool the prompts too "
+            "(model.set_pooling_include_prompt(True)), or use LatentAttentionPooling (recipe 'nv-embed')."
+        )
 
 
 def _own_copy(args: LLMEmbedTrainingArguments | None) -> LLMEmbedTrainingArguments:

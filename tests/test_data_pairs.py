@@ -152,7 +152,8 @@ def test_class_examples():
     assert made["anchor"][:] == list(LABEL_OF)
     drawn = {text: (set(), set()) for text in LABEL_OF}
     for seed in range(60):
-        for anchor, positive, *negatives in tuples(from_class_examples(CLASSES, negatives=3, seed=seed)):
+        for anchor, positive, *negatives, label in tuples(from_class_examples(CLASSES, negatives=3, seed=seed)):
+            assert label == LABEL_OF[anchor]
             assert positive != anchor and LABEL_OF[positive] == LABEL_OF[anchor]
             assert len({*negatives}) == 3 and all(LABEL_OF[text] != LABEL_OF[anchor] for text in negatives)
             drawn[anchor][0].add(positive)
@@ -162,6 +163,8 @@ def test_class_examples():
     assert tuples(made) == tuples(from_class_examples(CLASSES, negatives=3))
     assert tuples(made) != tuples(from_class_examples(CLASSES, negatives=3, seed=1))
     assert tuples(made) == tuples(from_class_examples(CLASSES.to_iterable_dataset(), negatives=3))
+    named = CLASSES.map(lambda row: {"kind": "zab"[row["label"]]})  # numbered by first appearance, not by name
+    assert tuples(from_class_examples(named, label="kind", negatives=3)) == tuples(made)
 
 
 def test_class_labels():
@@ -209,10 +212,11 @@ def test_classes_of_a_real_set(shared):
     file = shared / "data" / "banking77" / "train.jsonl.gz"
     label_of = {row["text"].strip(): row["label_text"] for row in read(file)}
     made = from_class_examples(file)
-    assert set(made["anchor"]) == set(label_of) and made.num_columns == 9
-    for anchor, positive, *negatives in tuples(made.select(range(0, len(made), 50))):
+    assert set(made["anchor"]) == set(label_of) and made.num_columns == 10
+    assert len({(row["label"], label_of[row["anchor"]]) for row in made}) == len(set(label_of.values())) == 77
+    for anchor, positive, *negatives, _ in tuples(made.select(range(0, len(made), 50))):
         assert positive != anchor and label_of[positive] == label_of[anchor]
         assert all(label_of[text] != label_of[anchor] for text in negatives)
     labels = from_class_labels(file, label="label_text")
-    assert len(labels) == len(made) and labels.num_columns == 9
+    assert len(labels) == len(made) and labels.column_names == made.column_names[:9]
     assert all(label_of[row["anchor"]] == row["positive"] for row in labels)

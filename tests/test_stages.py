@@ -125,6 +125,18 @@ def test_three_stages_and_what_they_leave(settings, tmp_path, capsys):
         torch.testing.assert_close(tensor, third[name], atol=1e-6, rtol=0)
 
 
+def test_a_run_that_goes_on_has_the_prompts_of_the_stages_before(settings):
+    """The last stage does not train the retrieval task, whose prompt its model must still have."""
+    settings["stages"] = settings["stages"][1:]
+    settings["stages"][1] |= {"data": ["banking77"], "arguments": {"stage": 2, "max_steps": 1}}
+    last = train_stages(settings)
+    expected = SentenceTransformer(str(last), trust_remote_code=True).prompts
+    assert expected["pairs"] == expected["query"] and expected["banking77"].startswith("Instruct: ")
+    last.rename(last.with_name("before"))
+    assert train_stages(settings) == last
+    assert SentenceTransformer(str(last), trust_remote_code=True).prompts == expected
+
+
 def test_a_configuration_that_makes_no_sense_is_refused(settings, tmp_path):
     def changed(**changes) -> dict:
         return {**settings, "output": str(tmp_path / f"at-{time.monotonic_ns()}"), **changes}
@@ -134,7 +146,16 @@ def test_a_configuration_that_makes_no_sense_is_refused(settings, tmp_path):
         (changed(steps=3), r"has unknown or misshapen \['steps'\]. It takes output \(str\), model"),
         (changed(stages={}), r"misshapen \['stages'\]"),
         (changed(stages=[{**stage, "data": ["absent"]}]), r"'pretext' names the data sets \['absent'\]. Known: "),
-        (changed(stages=[{**stage, "steps": 3}]), r"has unknown settings \['steps'\]: it takes name"),
+        (["output"], r"The configuration is \['output'\], no mapping. It takes output \(str\), model"),
+        (changed(data={"documents": "documents.jsonl"}), "Data set 'documents' is 'documents.jsonl'. It takes read,"),
+        (changed(stages=[stage, "pretext"]), "Stage 2 is 'pretext', no mapping. It takes name .str., data .list."),
+        (changed(stages=[{"data": ["pairs"]}]), r"Stage 1 lacks \['name'\], and has .* \[\]. It takes name .str."),
+        (changed(stages=[{"name": "pretext"}]), r"Stage 1 lacks \['data'\]"),
+        (changed(stages=[{**stage, "steps": 3}]), r"Stage 1 lacks \[\], and has unknown or misshapen \['steps'\]"),
+        (changed(stages=[{**stage, "arguments": None}]), r"misshapen \['arguments'\]. It takes .*, arguments .dict."),
+        (changed(stages=[{**stage, "data": "documents"}]), r"misshapen \['data'\]"),
+        (changed(stages=[{**stage, "data": [{"read": "from_sts"}]}]), r"names the data sets \[{'read': 'from_sts'}\]"),
+        (changed(stages=[{**stage, "data": []}]), "Stage 'pretext' names no data set. Known: "),
         (changed(stages=[{**stage, "data": ["documents", "pairs"]}]), "has pretext rows beside others"),
         (
             changed(data={"documents": {"read": "eval"}}, stages=[stage]),

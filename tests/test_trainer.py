@@ -24,7 +24,7 @@ from st_llm_embed import (
     Task,
     build_model,
 )
-from st_llm_embed.data import consecutive_texts, sentences
+from st_llm_embed.data import consecutive_texts, from_class_examples, sentences
 from st_llm_embed.losses.instruction_contrastive import NONE
 from st_llm_embed.tasks import encoding_prompts
 
@@ -344,6 +344,41 @@ def test_a_blended_batch_is_its_rows_each_under_its_own_prompt(llm, tmp_path):
         assert batch["label"][1, -1] == NONE and (batch["label"][[0, 2], 2:] != NONE).all()
 
 
+def test_class_examples_take_no_text_of_their_class_for_a_negative(llm, tmp_path):
+    """In-batch negatives of classes, from the builder to the loss: alone, and blended with a task without classes."""
+    label_of = {f"{animal} text number {n}": animal for animal in ("cat", "dog", "fox") for n in range(20)}
+    source = Dataset.from_dict({"text": list(label_of), "label": list(label_of.values())})
+    data = {"topics": from_class_examples(source, negatives=2), "docs": rows(1, count=60)}
+    model = build_model(llm).eval()
+    args = arguments(tmp_path, in_batch_negatives=True, blended=True)
+    trainer = LLMEmbedTrainer(model, args, data, tasks=[TOPICS, DOCS])
+    assert trainer.args.prompts["topics"].keys() == {"anchor", "positive", "negative_1", "negative_2"}
+    batch = {name: [{**row, "dataset_name": name} for row in data[name].select(range(0, 60, 10))] for name in data}
+
+    def loss(mixed: list[dict]) -> float:
+        features, labels = trainer.collect_features(trainer.data_collator(mixed))
+        with torch.no_grad():
+            return trainer.loss(features, labels).item()
+
+    expected, against = [], []
+    texts = [[row[column] for column in ("anchor", "positive", "negative_1", "negative_2")] for row in batch["topics"]]
+    vector = {text: torch.from_numpy(model.encode(text, prompt=TOPICS.prompt)) for row in texts for text in row}
+    for anchor, positive, *negatives in texts:
+        for other, its_positive, *its_negatives in texts:
+            if other != anchor:  # of its class, its negatives are wrong here; of another one, its positive is
+                negatives = negatives + (its_negatives if label_of[other] == label_of[anchor] else [its_positive])
+        assert all(label_of[text] != label_of[anchor] for text in negatives)
+        against += negatives
+        scores = torch.stack([vector[anchor] @ vector[text] for text in (positive, *negatives)]) / args.temperature
+        expected.append((scores.logsumexp(0) - scores[0]).item())
+    assert len(against) == 6 * (2 + 2 + 4)
+    alone = loss(batch["topics"])
+    assert alone == pytest.approx(sum(expected) / 6, rel=1e-4)
+    assert alone != pytest.approx(loss([{**row, "label": NONE} for row in batch["topics"]]), rel=1e-2)
+    assert loss(batch["topics"] + batch["docs"]) == pytest.approx((alone + loss(batch["docs"])) / 2, rel=1e-4)
+    trainer.train()
+
+
 def test_in_batch_negatives_and_blending_may_be_set_for_an_ablation(llm, tmp_path):
     model, data = build_model(llm), {"docs": rows(2), "topics": rows(2)}
     for stage, on, blended, groups in (
@@ -424,6 +459,30 @@ def test_bad_arguments_are_refused(llm, tmp_path):
     )
     with pytest.raises(ValueError, match="Column 'text' of data set 'train' holds"):
         LLMEmbedTrainer(model, args, stream, loss=PretextLoss(model))
+
+
+def test_pooling_that_cannot_leave_out_blended_prompts_is_refused(llm, tmp_path):
+    """sentence-transformers' own knows one prompt for a batch, under our backbone too."""
+    model = build_model(llm, "mean", include_prompt=False).eval()
+    data = {"docs": rows(1), "topics": rows(1)}
+    with pytest.raises(ValueError, match="Pooling.include_prompt=False. can leave out only one.*Set blended=False"):
+        LLMEmbedTrainer(model, arguments(tmp_path, stage=2), data, tasks=[DOCS, TOPICS])
+    for own, tasks, blended in (
+        ({"docs": rows(1)}, [DOCS], True),
+        ({"docs": rows(1), "same": rows(1)}, [DOCS, replace(DOCS, name="same")], True),
+        (data, [DOCS, TOPICS], False),
+    ):
+        trainer = LLMEmbedTrainer(model, arguments(tmp_path, stage=2, blended=blended), own, tasks=tasks)
+        names = list(own) if blended else ["topics"]
+        batch = trainer.data_collator([{**rows(1)[i], "dataset_name": name} for i, name in enumerate(names)])
+        features, _ = trainer.collect_features(batch)
+        with torch.no_grad():
+            vectors = model(features[0])["sentence_embedding"].numpy()
+        for i, name in enumerate(names):
+            expected = model.encode(rows(1)[i]["anchor"], prompt=trainer.tasks[name].prompt)
+            assert vectors[i] == pytest.approx(expected, abs=1e-6)
+    model.set_pooling_include_prompt(True)
+    LLMEmbedTrainer(model, arguments(tmp_path, stage=2), data, tasks=[DOCS, TOPICS])
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])

@@ -30,7 +30,8 @@ def from_class_examples(
 ) -> Dataset:
     """Each text with another of its class, and with ``negatives`` texts of other classes, all chosen by the seed.
 
-    The source is read to its end and held in memory. A text of two classes is a contradiction: it is dropped.
+    The source is read to its end and held in memory. A text of two classes is a contradiction: it is dropped. The
+    column ``label`` has the class's number, by first appearance: so in-batch negatives spare the class.
 
     Args:
         source: a table, or a JSON lines file, plain or ``.gz``.
@@ -43,9 +44,10 @@ def from_class_examples(
             ``contrastive_dataset``.
     """
     check_source(source, {text: "text", label: "label"})
+    label_of = _labelled_texts(source, text, label, found := Counter())
 
     def judged(counted: Counter[str]) -> Iterator[Judged]:
-        label_of = _labelled_texts(source, text, label, counted)
+        counted.update(found)
         classes: dict[Hashable, list[str]] = {}
         for example, of in label_of.items():
             classes.setdefault(of, []).append(example)
@@ -72,7 +74,9 @@ def from_class_examples(
                 f"Text {example[:60]!r}", example, [positive], [ordered[i + size * (i >= first)] for i in chosen]
             )
 
-    return contrastive_dataset(judged, negatives=negatives, seed=seed, counts=counts)
+    rows = contrastive_dataset(judged, negatives=negatives, seed=seed, counts=counts)
+    numbers = {of: number for number, of in enumerate(dict.fromkeys(label_of.values()))}
+    return rows.add_column("label", [numbers[label_of[anchor]] for anchor in rows["anchor"][:]])
 
 
 def from_class_labels(
@@ -87,7 +91,8 @@ def from_class_labels(
 ) -> Dataset:
     """Each text with its label's text, and with ``negatives`` of the other labels' texts.
 
-    The source is read to its end and held in memory. A text of two classes is a contradiction: it is dropped.
+    The source is read to its end and held in memory. A text of two classes is a contradiction: it is dropped. There is
+    no column ``label``: a class's rows share their positive, and a text that is right is no one's in-batch negative.
 
     Args:
         source: a table, or a JSON lines file, plain or ``.gz``.
