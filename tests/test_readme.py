@@ -80,7 +80,20 @@ def test_the_links_lead_somewhere():
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "architectures", "convert", "average", "train", "merge", "export", "mine", "check", "publish", "evaluate"]
+    "command",
+    [
+        "demo",
+        "architectures",
+        "convert",
+        "average",
+        "train",
+        "merge",
+        "export",
+        "mine",
+        "check",
+        "publish",
+        "evaluate",
+    ],
 )
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit):

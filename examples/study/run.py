@@ -20,9 +20,13 @@ import mteb
 import torch
 import yaml
 from prepare import TEACHER
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from transformers import set_seed
 
-from st_llm_embed import build_model
+from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, PretextLoss, average_checkpoints, build_model
+from st_llm_embed.data import consecutive_texts
+from st_llm_embed.data.sources import load_rows
 from st_llm_embed.demo import bundled_llm
 from st_llm_embed.evaluation import evaluate
 from st_llm_embed.evaluation.evaluate import find_tasks
@@ -31,6 +35,14 @@ from st_llm_embed.stages import train_stages
 
 PEERS = ("BM25", "all-MiniLM-L6-v2")
 NOT_MODEL = {"stages", "negatives", "classes"}
+AUTOREGRESSIVE = "autoregressive"  # a stage that st-llm-embed train does not know
+
+
+class AutoregressiveLoss(PretextLoss):
+    """Next-token prediction on the text, through the same pass: what more ordinary training would do."""
+
+    def forward(self, sentence_features: list[dict[str, Tensor]], labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"ar": super().forward(sentence_features, labels)["ar"]}
 
 
 def configuration(
@@ -112,6 +124,9 @@ def train(config: dict[str, Any], output: Path) -> Path:
         set_seed(config["seed"])
         with written_beside(kept[-1]) as staged:
             build_model(**config["model"]).save_pretrained(str(staged))
+    if config["stages"] and config["stages"][0]["name"] == AUTOREGRESSIVE and not kept[1].is_dir():
+        with written_beside(kept[1]) as staged:
+            adapt_autoregressively(config, staged.with_name("scratch")).save_pretrained(str(staged))
     if not kept[-1].is_dir():
         run = output / "scratch" / kept[-1].name
         config = {**config, "output": str(run)}
@@ -131,6 +146,23 @@ def train(config: dict[str, Any], output: Path) -> Path:
     return kept[-1]
 
 
+def adapt_autoregressively(config: dict[str, Any], scratch: Path) -> SentenceTransformer:
+    """The first stage with the loss above in place of EBAE and EBAR; the same rows in the same order."""
+    set_seed(config["seed"])
+    model = build_model(**config["model"])
+    set_seed(config["seed"] + 1)
+    how = config["data"][config["stages"][0]["data"][0]]
+    rows = consecutive_texts(
+        load_rows(how["documents"], streaming=True),
+        document_column=how["document_column"],
+        max_characters=how["max_characters"],
+    )
+    settings = {**config["arguments"], **config["stages"][0]["arguments"], "seed": config["seed"], "report_to": []}
+    args = LLMEmbedTrainingArguments(str(scratch), **settings)
+    LLMEmbedTrainer(model, args, rows, loss=AutoregressiveLoss(model, form="release")).train()
+    return model
+
+
 def _key(config: dict[str, Any], stages: int) -> str:
     """Names what the first stages give: equal beginnings have equal keys."""
     first = config["stages"][:stages]
@@ -139,10 +171,25 @@ def _key(config: dict[str, Any], stages: int) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def model_folder(name: str, seed: int, study: dict[str, Any], arguments: argparse.Namespace) -> Path:
+    """The model of a row, trained if it is not there, or averaged from other rows'."""
+    row, size = study["rows"][name], study["sizes"][arguments.size]
+    if "average" not in row:
+        folders = arguments.data, arguments.output / "data" / "train"
+        return train(configuration(study, row, size, folders, seed), arguments.output)
+    averaged = arguments.output / "models" / f"{file_name(name)}-{seed}"
+    if not averaged.is_dir():
+        average_checkpoints([model_folder(of, seed, study, arguments) for of in row["average"]], averaged)
+    return averaged
+
+
+def file_name(row: str) -> str:
+    return row.replace(", ", "-").replace(" ", "-")
+
+
 def run_row(name: str, seed: int, study: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Write one row's figures, unless they are there."""
-    size = study["sizes"][arguments.size]
-    file = arguments.output / "rows" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+    file = arguments.output / "rows" / f"{file_name(name)}-{seed}.json"
     if file.is_file():
         return
     start = time.perf_counter()
@@ -153,8 +200,7 @@ def run_row(name: str, seed: int, study: dict[str, Any], arguments: argparse.Nam
     else:
         folder = TEACHER
         if name != "all-MiniLM-L6-v2":
-            folders = arguments.data, arguments.output / "data" / "train"
-            folder = train(configuration(study, study["rows"][name], size, folders, seed), arguments.output)
+            folder = model_folder(name, seed, study, arguments)
         found = evaluate(folder, tests, arguments.output / "results", batch_size=64, dtype="bfloat16").results
     figures = {result.task_name: round(result.get_score(), 5) for result in found}
     with written_beside(file) as staged:

@@ -1,0 +1,149 @@
+"""The study's tables and pictures, from the figures that run.py left.
+
+    python examples/study/report.py --output study-cpu
+
+Writes ``report.md``, ``groups.png`` and ``differences.png`` into the folder of the study. A row's figure is the mean
+over its seeds, with their standard deviation. Its difference from the row "two stages" is taken test by test, over the
+seeds that both have; its 95 % interval is a bootstrap over the test sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+
+from st_llm_embed.tasks import known_task
+
+BASE = "two stages"
+RESAMPLES = 10_000
+
+Scores = dict[str, float]  # by test set
+Runs = dict[str, dict[int, Scores]]  # by row and seed
+
+
+def read_runs(folder: Path) -> Runs:
+    """The figures that are there."""
+    runs: Runs = {}
+    for file in sorted(folder.glob("*.json")):
+        row = json.loads(file.read_text(encoding="utf-8"))
+        runs.setdefault(row["row"], {})[row["seed"]] = row["scores"]
+    return runs
+
+
+def groups_of(tests: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The test sets of each column."""
+    groups: dict[str, list[str]] = {}
+    for where, names in tests.items():
+        for name in names:
+            kind = known_task(name).kind
+            groups.setdefault(f"{kind}, {where}" if kind == "retrieval" else kind, []).append(name)
+    return groups
+
+
+def group_mean(scores: Scores, names: list[str]) -> float | None:
+    """None if the row was not tested on all."""
+    return mean(scores[name] for name in names) if set(names) <= set(scores) else None
+
+
+def cell(values: list[float | None]) -> str:
+    if None in values:
+        return ""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def difference(runs: Runs, row: str) -> tuple[float, float, float] | None:
+    """Mean, and the ends of its 95 % interval."""
+    seeds = sorted(set(runs[row]) & set(runs[BASE]))
+    tests = sorted(runs[BASE][seeds[0]]) if seeds else []
+    if row == BASE or not seeds or any(set(tests) - set(runs[row][seed]) for seed in seeds):
+        return None
+    gained = np.array([mean(runs[row][seed][test] - runs[BASE][seed][test] for seed in seeds) for test in tests])
+    resampled = np.random.default_rng(0).choice(gained, (RESAMPLES, len(gained))).mean(axis=1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(gained.mean()), float(low), float(high)
+
+
+def table(runs: Runs, groups: Mapping[str, list[str]]) -> str:
+    """Every row's mean of each group, and its difference from the base."""
+    columns = [*groups.values(), [name for names in groups.values() for name in names]]
+    lines = [
+        f"| | seeds | {' | '.join(groups)} | all | against {BASE} |",
+        f"| --- | --- |{' --- |' * (len(groups) + 2)}",
+    ]
+    for row, seeds in runs.items():
+        figures = [cell([group_mean(scores, names) for scores in seeds.values()]) for names in columns]
+        gained = difference(runs, row)
+        against = f"{gained[0]:+.3f} [{gained[1]:+.3f}, {gained[2]:+.3f}]" if gained else ""
+        lines.append(f"| {row} | {len(seeds)} | {' | '.join(figures)} | {against} |")
+    return "\n".join(lines) + "\n"
+
+
+def details(runs: Runs, tests: list[str]) -> str:
+    """Every row's figure on each test set."""
+    lines = [f"| | {' | '.join(tests)} |", f"| --- |{' --- |' * len(tests)}"]
+    for row, seeds in runs.items():
+        figures = [cell([scores.get(test) for scores in seeds.values()]) for test in tests]
+        lines.append(f"| {row} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_groups(runs: Runs, groups: Mapping[str, list[str]], file: Path) -> None:
+    """A panel for each group, a bar for each row, the seeds' standard deviation on it."""
+    figure = Figure(figsize=(2.6 * len(groups) + 2, 0.32 * len(runs) + 1.2), layout="constrained")
+    for axis, (name, tests) in zip(figure.subplots(1, len(groups), sharey=True), groups.items(), strict=True):
+        for place, (row, seeds) in enumerate(runs.items()):
+            values = [group_mean(scores, tests) for scores in seeds.values()]
+            if None in values:
+                continue
+            spread = stdev(values) if len(values) > 1 else None
+            axis.barh(place, mean(values), xerr=spread, color="#3b6fb6" if row == BASE else "#9db7d9")
+        axis.set_title(name.replace(", ", "\n"), fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_yticks(range(len(runs)), list(runs))
+    figure.axes[0].invert_yaxis()
+    figure.savefig(file, dpi=120)
+
+
+def draw_differences(runs: Runs, file: Path) -> None:
+    """Each trained row against the base, with its interval."""
+    found = {row: gained for row in runs if (gained := difference(runs, row)) and not row.startswith("untrained")}
+    found.pop("all-MiniLM-L6-v2", None)
+    figure = Figure(figsize=(7.5, 0.36 * len(found) + 1.2), layout="constrained")
+    axis = figure.subplots()
+    for place, (middle, low, high) in enumerate(found.values()):
+        axis.errorbar(middle, place, xerr=[[middle - low], [high - middle]], fmt="o", color="#3b6fb6", capsize=3)
+    axis.axvline(0, color="#999999", linewidth=1)
+    axis.set_yticks(range(len(found)), list(found))
+    axis.invert_yaxis()
+    axis.set_xlabel(f"difference from {BASE}, mean over the test sets, 95 % interval")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    """Write the tables and pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the study")
+    arguments = parser.parse_args()
+    study = yaml.safe_load(Path(__file__).with_name("study.yaml").read_text(encoding="utf-8"))
+    runs = read_runs(arguments.output / "rows")
+    order = ["BM25", "all-MiniLM-L6-v2", *study["rows"]]
+    runs = {row: runs[row] for row in order if row in runs}
+    groups = groups_of(study["tests"])
+    every = [name for names in study["tests"].values() for name in names]
+    text = f"# The study\n\n{table(runs, groups)}\n## Every test set\n\n{details(runs, every)}"
+    (arguments.output / "report.md").write_text(text, encoding="utf-8")
+    draw_groups(runs, groups, arguments.output / "groups.png")
+    draw_differences(runs, arguments.output / "differences.png")
+    print(table(runs, groups))
+
+
+if __name__ == "__main__":
+    main()
