@@ -24,7 +24,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import set_seed
 
-from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, PretextLoss, average_checkpoints, build_model
+from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, PretextLoss, build_model
+from st_llm_embed.averaging import average_checkpoints
 from st_llm_embed.data import consecutive_texts
 from st_llm_embed.data.sources import load_rows
 from st_llm_embed.demo import bundled_llm

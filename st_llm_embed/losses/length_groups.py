@@ -1,0 +1,59 @@
+"""Embed all columns of a batch in groups of like length, so that little of what is computed is padding.
+
+Queries are shorter than documents, tasks differ, and a row without a negative has an empty text in its place: padded
+column by column, about half of a blended batch is padding. The texts of all columns are sorted by length and go
+through the model in as many groups as there are columns. Each text's embedding is the same; only the company it is
+padded to is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sentence_transformers.base.losses.merged_forward import embed_columns, merge_feature_batches
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
+
+
+def embed_by_length(model: nn.Module, columns: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """The embeddings of each column, ``(batch, dim)``.
+
+    Columns that cannot be put together (the host's pooling leaves out one prompt for a whole batch; unpadded batches;
+    other features than tokens) go through the model as in the host's losses.
+    """
+    columns = list(columns)
+    one_prompt = any(isinstance(module, Pooling) and not module.include_prompt for module in model.modules())
+    merged = None if one_prompt else merge_feature_batches(_with_instruction_masks(columns))
+    if merged is None or "attention_mask" not in merged:
+        return embed_columns(model, columns)
+    order = merged["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
+    groups = [model(_cut_to_length(merged, rows))["sentence_embedding"] for rows in order.chunk(len(columns))]
+    return list(torch.cat(groups)[order.argsort()].chunk(len(columns)))
+
+
+def _with_instruction_masks(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An LLMBackbone's prompted texts have masks, which say all that the length of the prompt does; others have none,
+    which is one that covers nothing."""
+    if not any("instruction_mask" in column for column in columns):
+        return columns
+    return [
+        {
+            "instruction_mask": torch.zeros_like(column["input_ids"]),
+            **{key: value for key, value in column.items() if key != "prompt_length"},
+        }
+        for column in columns
+    ]
+
+
+def _cut_to_length(features: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Some rows of a batch, without the positions that are padding in all of them."""
+    mask = features["attention_mask"]
+    real = mask[rows].any(dim=0)
+    cut = {}
+    for key, value in features.items():
+        of_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(mask)
+        chosen = value[rows] if of_rows else value
+        cut[key] = chosen[:, real] if of_rows and value.shape[1:2] == mask.shape[1:] else chosen
+    return cut
