@@ -17,7 +17,7 @@ REPOSITORY = ROOT.parent
 LAYERS = [
     {"modules", "version", "demo_search", "card", "merging"},
     {"hub"},
-    {"tasks", "gguf", "data", "report", "averaging", "sampler", "embedding_cache", "mining", "export"},
+    {"tasks", "gguf", "data", "report", "averaging", "sampler", "embedding_cache", "mining", "export", "sharding"},
     {"model", "losses", "training_args", "evaluation", "architectures", "collator"},
     {"trainer", "convert"},
     {"demo", "stages"},
