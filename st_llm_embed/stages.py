@@ -53,6 +53,7 @@ from st_llm_embed.data.sources import load_rows
 from st_llm_embed.hub import written_beside
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import build_model
+from st_llm_embed.quantized import load_saved
 from st_llm_embed.tasks import Task, known_task
 from st_llm_embed.trainer import LLMEmbedTrainer
 from st_llm_embed.training_args import LLMEmbedTrainingArguments
@@ -253,13 +254,10 @@ def _card_row(stage: Stage, data: Mapping[str, Any], arguments: Mapping[str, Any
 
 
 def _begin(settings: Mapping[str, Any], last: Path | None) -> SentenceTransformer:
-    """The model that is to be trained, with the weights and prompts of the last stage; strict, so that another model's
-    weights are not taken for them."""
+    """The model that is to be trained, with the weights and prompts of the last stage."""
     model = build_model(**settings)
     if last is not None:
-        ended = SentenceTransformer(str(last), device="cpu", trust_remote_code=True)
-        model.load_state_dict(ended.state_dict())
-        model.prompts = ended.prompts
+        load_saved(model, last)
     return model
 
 

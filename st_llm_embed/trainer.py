@@ -26,6 +26,7 @@ from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_c
 from st_llm_embed.hub import publish
 from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
 from st_llm_embed.losses.instruction_contrastive import NONE
+from st_llm_embed.quantized import is_quantized, load_saved
 from st_llm_embed.sampler import Source, TaskBatchSampler
 from st_llm_embed.sharding import prepare_for_sharding, whole_weights
 from st_llm_embed.tasks import Task, encoding_prompts
@@ -198,6 +199,8 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         # NOTE: sentence-transformers 6.2 takes no model, which transformers gives under FSDP, and loads no shards.
         if self.is_fsdp_enabled:
             Trainer._load_from_checkpoint(self, checkpoint_path, self.model)
+        elif is_quantized(self.model):  # whose state the host would compare with a plain one
+            load_saved(self.model, checkpoint_path)
         else:
             super()._load_from_checkpoint(checkpoint_path)
 
