@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.modules.reference import TEXTS
+from st_llm_embed.quantized import is_quantized
 
 
 def has_adapter(model: SentenceTransformer) -> bool:
@@ -29,11 +30,16 @@ def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) ->
         tolerance: how much a component of an embedding may differ. Default: 1e-5, or in half precision its last bit.
 
     Raises:
-        ValueError: if there is no adapter, or merging gives weights that are not numbers.
+        ValueError: if there is no adapter, the LLM is quantized, or merging gives weights that are not numbers.
         RuntimeError: if the merged model gives other embeddings.
     """
     if not has_adapter(model):
         raise ValueError("The model has no adapter to merge.")
+    if is_quantized(model):
+        raise ValueError(
+            "The LLM is quantized, and merging would round the adapter as coarsely. Save the model; its folder loads "
+            "with the plain LLM: merge_adapter(SentenceTransformer(folder, trust_remote_code=True))."
+        )
     if tolerance is None:
         tolerance = max(1e-5, torch.finfo(model.dtype).eps)
     merged = copy.deepcopy(model)

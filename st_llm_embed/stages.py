@@ -53,6 +53,7 @@ from st_llm_embed.data.sources import load_rows
 from st_llm_embed.hub import written_beside
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import build_model
+from st_llm_embed.quantized import load_saved
 from st_llm_embed.tasks import Task, known_task
 from st_llm_embed.trainer import LLMEmbedTrainer
 from st_llm_embed.training_args import LLMEmbedTrainingArguments
@@ -117,26 +118,27 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
     if int(os.environ.get("RANK", 0)) == 0:
         _claim(output, settings)
     seed = settings.get("seed", 0)
-    set_seed(seed)
-    model = build_model(**settings["model"])
-    last, behind, done = None, False, []
+    model, last, done = None, None, []
     for number, stage in enumerate(stages, 1):
         done.append(_card_row(stage, data, settings.get("arguments", {})))
         folder = output / f"{number}-{stage.name}"
-        finished = (folder / "model").is_dir()
-        if not finished:
-            if behind:
-                _carry_over(last, model)
+        if not (folder / "model").is_dir():
+            if model is None:
+                set_seed(seed)
+                model = _begin(settings["model"], last)
             set_seed(seed + number)  # adapters' dropout, and nothing else, depends on it
             arguments = {"report_to": [], "seed": seed, **settings.get("arguments", {}), **stage.arguments}
             trainer = _trainer(stage, model, data, LLMEmbedTrainingArguments(str(folder), **arguments))
             trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-            if trainer.is_world_process_zero():
-                with written_beside(folder / "model") as staged:
-                    model.save_pretrained(str(staged))
-                    record_training(staged / "README.md", done)
+            with trainer.whole_model() as whole:
+                if trainer.is_world_process_zero():
+                    with written_beside(folder / "model") as staged:
+                        whole.save_pretrained(str(staged))
+                        record_training(staged / "README.md", done)
             trainer.accelerator.wait_for_everyone()
-        last, behind = folder / "model", finished  # behind: in memory is not what the last stage ended with
+            if trainer.is_fsdp_enabled:
+                model = None  # it stays in shards, and the next stage shards anew
+        last = folder / "model"
     return last
 
 
@@ -251,11 +253,12 @@ def _card_row(stage: Stage, data: Mapping[str, Any], arguments: Mapping[str, Any
     }
 
 
-def _carry_over(folder: Path, model: SentenceTransformer) -> None:
-    """The weights and prompts that a stage ended with; strict, so that another model's are not taken for them."""
-    ended = SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
-    model.load_state_dict(ended.state_dict())
-    model.prompts = ended.prompts
+def _begin(settings: Mapping[str, Any], last: Path | None) -> SentenceTransformer:
+    """The model that is to be trained, with the weights and prompts of the last stage."""
+    model = build_model(**settings)
+    if last is not None:
+        load_saved(model, last)
+    return model
 
 
 def _last_checkpoint(folder: Path) -> str | None:

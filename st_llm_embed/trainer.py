@@ -8,7 +8,8 @@ checked. Either way a loss that is not a number ends the run, and says where.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from sentence_transformers.base.data_collator import BaseDataCollator
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset
+from transformers import Trainer
 
 from st_llm_embed.collator import TaskCollator
 from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_columns, text_columns
 from st_llm_embed.hub import publish
 from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
 from st_llm_embed.losses.instruction_contrastive import NONE
+from st_llm_embed.quantized import is_quantized, load_saved
 from st_llm_embed.sampler import Source, TaskBatchSampler
+from st_llm_embed.sharding import prepare_for_sharding, whole_weights
 from st_llm_embed.tasks import Task, encoding_prompts
 from st_llm_embed.training_args import LLMEmbedTrainingArguments
 
@@ -102,6 +106,8 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                 args = _own_copy(args)
                 args.prompts = {"text": loss.prefix + "{text}"}
         super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
+        if self.is_fsdp_enabled:
+            prepare_for_sharding(self.model)
         if tasks is not None:
             _check_pooling(self.model, self.args)
             self.model.prompts.update(encoding_prompts(tasks, self.model.prompts))
@@ -186,7 +192,24 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         # NOTE: transformers 5 calls this on all processes; sentence-transformers 6.2 believes that it is on the first
         # alone, and they would write the same files at once.
         if self.args.should_save:
-            super()._save(output_dir, state_dict)
+            with whole_weights(self.model, state_dict if self.is_fsdp_enabled else {}):
+                super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
+        # NOTE: sentence-transformers 6.2 takes no model, which transformers gives under FSDP, and loads no shards.
+        if self.is_fsdp_enabled:
+            Trainer._load_from_checkpoint(self, checkpoint_path, self.model)
+        elif is_quantized(self.model):  # whose state the host would compare with a plain one
+            load_saved(self.model, checkpoint_path)
+        else:
+            super()._load_from_checkpoint(checkpoint_path)
+
+    @contextmanager
+    def whole_model(self) -> Iterator[SentenceTransformer]:
+        """The model, for the first process to save. All processes must enter: FSDP's shards are gathered."""
+        weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else {}
+        with whole_weights(self.model, weights):
+            yield self.model
 
     def push_to_hub(
         self,
@@ -200,7 +223,15 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         """``publish`` the model to ``args.hub_model_id``, sealed and checked: what the host would upload loads only
         where this package is. ``kwargs`` are those of ``publish``, such as ``adapter="merge"``; so is what it returns,
         on the first process.
+
+        Raises:
+            ValueError: under FSDP.
         """
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "Under FSDP no process has the whole model, and it cannot be published from the trainer. Save it "
+                "(trainer.save_model(folder)), and publish the folder: st-llm-embed publish FOLDER ORG/NAME."
+            )
         if not self.is_world_process_zero():
             return None
         return publish(

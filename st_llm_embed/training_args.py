@@ -50,6 +50,9 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
                 raise ValueError(f"{name}={value!r} must be positive.")
         if self.blended is None:
             self.blended = self.stage == 2
+        if self.accelerator_config.dispatch_batches is None:
+            # Of a stream, the first process would else cut all processes' rows out of batches padded to other lengths.
+            self.accelerator_config.dispatch_batches = False
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy={self.hub_strategy.value!r} uploads checkpoints, whose modules load only where this "

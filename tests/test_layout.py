@@ -15,9 +15,9 @@ ROOT = Path(st_llm_embed.__file__).parent
 REPOSITORY = ROOT.parent
 # Lower layers first; a file imports from its own layer or a lower one. modules import nothing of ours.
 LAYERS = [
-    {"modules", "version", "demo_search", "card", "merging"},
+    {"modules", "version", "demo_search", "card", "merging", "quantized"},
     {"hub"},
-    {"tasks", "gguf", "data", "report", "averaging", "sampler", "embedding_cache", "mining", "export"},
+    {"tasks", "gguf", "data", "report", "averaging", "sampler", "embedding_cache", "mining", "export", "sharding"},
     {"model", "losses", "training_args", "evaluation", "retrieval_test", "architectures", "collator"},
     {"trainer", "convert"},
     {"demo", "stages"},

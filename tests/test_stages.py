@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -223,32 +225,74 @@ def test_killed_and_started_again_is_as_if_never_killed(settings, tmp_path):
     assert len(losses[0]) == 9 and losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples" / "distributed"
+DDP = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "-m", "st_llm_embed"]
+FSDP = [
+    *("-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / "fsdp.yaml"), "--num_processes=2"),
+    *("--mixed_precision=no", "--main_process_port=29612", str(Path(__file__).with_name("fsdp_on_cpu.py"))),
+]
+
+
+def run(settings: dict, file: Path, launcher: list[str]) -> dict[str, list[float]]:
+    """Train in a process of its own, or two; gives the losses of each stage."""
+    file.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, *launcher, "train", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = {}
+    for folder in Path(settings["output"]).glob("*-*"):
+        state = json.loads((Path(_last_checkpoint(folder)) / "trainer_state.json").read_text())
+        losses[folder.name] = [row["loss"] for row in state["log_history"] if "loss" in row]
+    return losses
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(settings, tmp_path):
-    """DDP on gloo, half the batch each and negatives gathered, against the whole batch in one process."""
+@pytest.mark.parametrize("launcher", [DDP, FSDP], ids=["DDP", "FSDP"])
+def test_two_processes_give_the_losses_of_one(settings, tmp_path, launcher):
+    """On gloo, half the batch each and negatives gathered, against the whole batch in one process."""
+    # Plain gradient descent: Adam would blow up what rounding leaves of gradients that are zero.
+    settings["arguments"] |= {"mini_batch_size": 3, "optim": "sgd", "learning_rate": 1e-4, "save_steps": 3}
+    settings["arguments"] |= {"gather_across_devices": True}
+    settings["stages"][2]["arguments"]["save_steps"] = 3
+    settings["model"]["lora"] = False
     losses = []
     for processes in (1, 2):
-        output = tmp_path / f"with-{processes}"
-        arguments = {**settings["arguments"], "per_device_train_batch_size": 8 // processes}
-        # Plain gradient descent: Adam would blow up what rounding leaves of gradients that are zero.
-        arguments |= {"gather_across_devices": True, "mini_batch_size": 3, "optim": "sgd", "learning_rate": 1e-4}
-        whole = {**settings, "output": str(output), "arguments": arguments, "stages": settings["stages"][1:]}
-        for stage in whole["stages"]:
-            stage["arguments"]["save_steps"] = 3
-        whole["model"] = {**settings["model"], "lora": False}
-        file = tmp_path / f"config-{processes}.yaml"
-        file.write_text(yaml.safe_dump(whole))
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=29611"]
-        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "st_llm_embed", "train", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-        history = []
-        for name in ("1-retrieval", "2-blended"):
-            state = json.loads((Path(_last_checkpoint(output / name)) / "trainer_state.json").read_text())
-            history += [row["loss"] for row in state["log_history"] if "loss" in row]
-        losses.append(history)
-    assert len(losses[0]) == 12 and losses[0][2] < losses[0][0]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
-    one, two = (weights(tmp_path / f"with-{n}" / "2-blended" / "model") for n in (1, 2))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
+        settings["output"] = str(tmp_path / f"with-{processes}")
+        settings["arguments"]["per_device_train_batch_size"] = 8 // processes
+        how = ["-m", "st_llm_embed"] if processes == 1 else launcher
+        losses.append(run(settings, tmp_path / f"config-{processes}.yaml", how))
+    one, two = losses
+    assert {name: len(history) for name, history in one.items()} == {"1-pretext": 2, "2-retrieval": 3, "3-blended": 9}
+    assert one["2-retrieval"][2] < one["2-retrieval"][0]
+    for name, history in one.items():
+        assert two[name] == pytest.approx(history, abs=1e-4)
+        expected = weights(tmp_path / "with-1" / name / "model")
+        for key, tensor in weights(tmp_path / "with-2" / name / "model").items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-6, rtol=1e-4)
+        shards = list((tmp_path / "with-2" / name).glob("checkpoint-*/pytorch_model_fsdp.bin"))
+        assert bool(shards) == (launcher is FSDP)
+
+
+@pytest.mark.slow
+def test_under_fsdp_a_run_goes_on_from_its_last_checkpoint(settings, tmp_path):
+    """By LoRA and in bf16, as the example's file says."""
+    settings["stages"] = settings["stages"][2:]
+    settings["stages"][0]["arguments"] |= {"max_steps": 4, "save_steps": 2}
+    as_in_the_file = [argument for argument in FSDP if not argument.startswith("--mixed_precision")]
+    whole = run(settings, tmp_path / "config.yaml", as_in_the_file)
+    folder = tmp_path / "run" / "1-blended"
+    (folder / "model").rename(tmp_path / "whole")
+    (folder / "checkpoint-4").rename(tmp_path / "checkpoint-4")
+    assert run(settings, tmp_path / "config.yaml", as_in_the_file) == whole and len(whole["1-blended"]) == 4
+    expected = weights(tmp_path / "whole")
+    assert any("lora_" in name for name in expected)
+    for name, tensor in weights(folder / "model").items():
+        torch.testing.assert_close(tensor, expected[name.replace("model/", "whole/", 1)], atol=1e-6, rtol=0)
+
+
+def test_accelerate_knows_every_key_of_the_distributed_examples():
+    known = set(vars(launch_command_parser().parse_args(["script"])))
+    for file, part in (("fsdp.yaml", "fsdp_config"), ("deepspeed.yaml", "deepspeed_config")):
+        config = load_config_from_file(str(EXAMPLES / file))
+        keys = set(getattr(config, part))
+        assert keys and keys <= known and config.mixed_precision == "bf16"

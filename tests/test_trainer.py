@@ -493,6 +493,13 @@ def test_uploads_during_training_are_refused(tmp_path, strategy):
     arguments(tmp_path, hub_strategy=strategy)
 
 
+def test_publishing_shards_is_refused(llm, tmp_path):
+    trainer = LLMEmbedTrainer(build_model(llm, "mean"), arguments(tmp_path), {"docs": rows()}, tasks=[DOCS])
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="Under FSDP no process has the whole model.*st-llm-embed publish FOLDER"):
+        trainer.push_to_hub()
+
+
 def test_arguments_do_not_leak_between_trainers(llm, tmp_path):
     """args.prompts is set by tasks; the caller's own object must not change under them."""
     args = arguments(tmp_path)
