@@ -106,6 +106,8 @@ def configuration(
         "arguments": {
             "per_device_train_batch_size": size["batch_size"],
             "learning_rate": size["learning_rate"],
+            # The pooling starts from random weights. A few thousand texts cannot teach the LLM words.
+            "learning_rate_mapping": {r"model\.1\.": 3 * size["learning_rate"], "embed_tokens": 0.0},
             "warmup_steps": 0.1,
             "weight_decay": 0.03,
             "sampling_temperature": 2.0,
