@@ -5,18 +5,23 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import subprocess
+import sys
 from math import log2
 
 import mteb
 import numpy as np
 import pytest
 import pytrec_eval
+from hub_server import Repository, hub_server, online
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed import Task, build_model
 from st_llm_embed.cli import main
 from st_llm_embed.evaluation import PromptedEncoder, evaluate, local_task, parity
+from st_llm_embed.hub import save_sealed
 from st_llm_embed.tasks import encoding_prompts
 
 WORDS = "how do I parse the command line a cat sat on mat seven dogs barking at moon fox jumped over them".split()
@@ -113,6 +118,29 @@ def test_retrieval_figure_is_that_of_pytrec_eval_and_of_the_formula(folders, mod
         grades = judged[f"q{i}"]
         by_hand.append(dcg([grades.get(f"d{j}", 0) for j in np.argsort(-row)]) / dcg([2, 1, 0]))
     assert found == pytest.approx(np.mean(by_hand), abs=1e-4)
+
+
+def test_a_hub_id_is_known_by_its_commit(folders, model_folder, tmp_path):
+    model = SentenceTransformer(str(model_folder), trust_remote_code=True)
+    save_sealed(model, tmp_path / "sealed")
+    files = {str(f.relative_to(tmp_path / "sealed")): f for f in (tmp_path / "sealed").rglob("*") if f.is_file()}
+    repository = Repository(private=False)
+    commit = repository.commit("main", {name: file.read_bytes() for name, file in files.items()})
+    command = ["evaluate", "org/tiny", "--tasks", str(folders / "similar"), "--output", str(tmp_path / "results")]
+    with hub_server() as server:
+        server.repositories["org/tiny"] = repository
+        done = subprocess.run(
+            [sys.executable, "-m", "st_llm_embed", *command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **online(server, tmp_path / "home")},
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"org/tiny ({commit})" in done.stdout
+    (result,) = (tmp_path / "results").rglob("similar.json")
+    assert commit in result.parts and "org__tiny" in result.parts
+    here = evaluate(model_folder, [folders / "similar"], tmp_path / "here").results[0].get_score()
+    assert json.loads(result.read_text())["scores"]["test"][0]["main_score"] == pytest.approx(here, abs=1e-4)
 
 
 def test_another_state_precision_or_data_set_is_computed_anew(folders, model_folder, tmp_path):

@@ -161,9 +161,9 @@ def load_model(
 
 
 def attention_of(model: SentenceTransformer) -> str:
-    """The attention implementation of a model's transformer."""
-    config = getattr(getattr(model[0], "auto_model", None), "config", None)
-    return getattr(config, "_attn_implementation", None) or "unknown"
+    """The attention implementation of a model's transformer; ``none`` of a model without one."""
+    llm = model.transformers_model
+    return "none" if llm is None else llm.config._attn_implementation
 
 
 def _table(
