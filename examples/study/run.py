@@ -20,11 +20,11 @@ import mteb
 import torch
 import yaml
 from prepare import TEACHER
+from pretext import AutoregressiveLoss
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
 from transformers import set_seed
 
-from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, PretextLoss, build_model
+from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, build_model
 from st_llm_embed.averaging import average_checkpoints
 from st_llm_embed.data import consecutive_texts
 from st_llm_embed.data.sources import load_rows
@@ -37,13 +37,6 @@ from st_llm_embed.stages import train_stages
 PEERS = ("BM25", "all-MiniLM-L6-v2")
 NOT_MODEL = {"stages", "negatives", "classes"}
 AUTOREGRESSIVE = "autoregressive"  # a stage that st-llm-embed train does not know
-
-
-class AutoregressiveLoss(PretextLoss):
-    """Next-token prediction on the text, through the same pass: what more ordinary training would do."""
-
-    def forward(self, sentence_features: list[dict[str, Tensor]], labels: Tensor | None = None) -> dict[str, Tensor]:
-        return {"ar": super().forward(sentence_features, labels)["ar"]}
 
 
 def configuration(
