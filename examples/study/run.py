@@ -84,7 +84,10 @@ def configuration(
         }
         stages.append({**entry, "loss": stage["loss"]} if "loss" in stage else entry)
     model = {key: value for key, value in of.items() if key not in NOT_MODEL}
-    if model["recipe"] != "nv-embed":
+    learning_rates = {"embed_tokens": 0.0}  # a few thousand texts cannot teach the LLM words
+    if model["recipe"] == "nv-embed":
+        learning_rates[r"model\.1\."] = 3 * size["learning_rate"]  # the pooling starts from random weights
+    else:
         model.pop("num_latents")
     return {
         "seed": seed,
@@ -99,8 +102,7 @@ def configuration(
         "arguments": {
             "per_device_train_batch_size": size["batch_size"],
             "learning_rate": size["learning_rate"],
-            # The pooling starts from random weights. A few thousand texts cannot teach the LLM words.
-            "learning_rate_mapping": {r"model\.1\.": 3 * size["learning_rate"], "embed_tokens": 0.0},
+            "learning_rate_mapping": learning_rates,
             "warmup_steps": 0.1,
             "weight_decay": 0.03,
             "sampling_temperature": 2.0,

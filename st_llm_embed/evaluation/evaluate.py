@@ -84,8 +84,9 @@ def evaluate(
         raise ValueError(f"The tasks {twice} are named twice, and results are kept by name.")
     root, commit = find_model(source, revision)
     model = load_model(root, dtype, attn_implementation, device, trust_remote_code)
+    name = Path(source).resolve().name if Path(source).is_dir() else str(source)
     settings = {"dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": attention_of(model)}
-    encoder = PromptedEncoder(model, Path(source).name if Path(source).is_dir() else str(source), commit, settings)
+    encoder = PromptedEncoder(model, name, commit, settings)
     if not any(model.prompts.values()):
         logger.warning("%s has no prompts saved: all texts are encoded without.", source)
     cache = mteb.ResultCache(output)
