@@ -38,8 +38,8 @@ def read_runs(folder: Path) -> Runs:
 
 
 def groups_of(tests: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The test sets of each column."""
-    groups: dict[str, list[str]] = {}
+    """The test sets of each column, retrieval first."""
+    groups: dict[str, list[str]] = {f"retrieval, {where}": [] for where in tests}
     for where, names in tests.items():
         for name in names:
             kind = known_task(name).kind
