@@ -77,12 +77,8 @@ def configuration(
         stage = study["stages"][name]
         pretext = stage["data"] == "pretext"
         steps = size["pretext_steps" if pretext else "steps"] * stage.get("steps", 1)
-        entry = {
-            "name": name,
-            "data": groups[stage["data"]],
-            "arguments": {**stage.get("arguments", {}), "max_steps": steps},
-        }
-        stages.append({**entry, "loss": stage["loss"]} if "loss" in stage else entry)
+        arguments = {**stage.get("arguments", {}), "max_steps": steps}
+        stages.append({"name": name, "data": groups[stage["data"]], "arguments": arguments})
     model = {key: value for key, value in of.items() if key not in NOT_MODEL}
     learning_rates = {"embed_tokens": 0.0}  # a few thousand texts cannot teach the LLM words
     if model["recipe"] == "nv-embed":
