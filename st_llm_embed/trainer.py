@@ -16,7 +16,6 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.data_collator import BaseDataCollator
-from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import Trainer
@@ -26,6 +25,7 @@ from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_c
 from st_llm_embed.hub import publish
 from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
 from st_llm_embed.losses.instruction_contrastive import NONE
+from st_llm_embed.losses.length_groups import leaves_out_one_prompt
 from st_llm_embed.quantized import is_quantized, load_saved
 from st_llm_embed.sampler import Source, TaskBatchSampler
 from st_llm_embed.sharding import prepare_for_sharding, whole_weights
@@ -255,7 +255,7 @@ def _in_batch(task: Task, args: LLMEmbedTrainingArguments) -> bool:
 def _check_pooling(model: SentenceTransformer, args: LLMEmbedTrainingArguments) -> None:
     """The host's pooling leaves one prompt out of a whole batch: with several it would pool them without a word."""
     several = len({frozenset(prompts.items()) for prompts in args.prompts.values()}) > 1
-    if args.blended and several and any(isinstance(m, Pooling) and not m.include_prompt for m in model.modules()):
+    if args.blended and several and leaves_out_one_prompt(model):
         raise ValueError(
             "blended=True puts rows of different prompts into a batch, and Pooling(include_prompt=False) can leave "
             "out only one prompt for all of them. Set blended=False, pool the prompts too "

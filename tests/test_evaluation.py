@@ -236,7 +236,7 @@ def test_unknown_and_unreachable_tasks(folders, model_folder, tmp_path):
 def test_a_benchmark_is_its_tasks():
     from st_llm_embed.evaluation.evaluate import find_tasks
 
-    assert len(find_tasks("MTEB(eng, v2)")) > 30
+    assert len(find_tasks(["MTEB(eng, v2)"])) > 30
 
 
 def test_parity(folders, model_folder):

@@ -96,6 +96,8 @@ def prepare_training(root: Path, target: Path, train: dict[str, list[str]], size
                 write(target / f"{name}-{how}.jsonl.gz", rows)
             write(target / f"{name}-random.jsonl.gz", random_negatives(pairs, size["negatives"]))
     for name in train["classes"]:
+        if (target / f"{name}.jsonl.gz").is_file():
+            continue
         rows = read(root / name, "train")
         per_class = max(2, size["train_rows"] // len({row["label"] for row in rows}))
         write(target / f"{name}.jsonl.gz", sample_classes(rows, per_class))

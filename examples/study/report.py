@@ -112,9 +112,8 @@ def draw_groups(runs: Runs, groups: Mapping[str, list[str]], file: Path) -> None
 
 
 def draw_differences(runs: Runs, file: Path) -> None:
-    """Each trained row against the base, with its interval."""
-    found = {row: gained for row in runs if (gained := difference(runs, row)) and not row.startswith("untrained")}
-    found.pop("all-MiniLM-L6-v2", None)
+    """Each row against the base, with its interval."""
+    found = {row: gained for row in runs if (gained := difference(runs, row))}
     figure = Figure(figsize=(7.5, 0.36 * len(found) + 1.2), layout="constrained")
     axis = figure.subplots()
     for place, (middle, low, high) in enumerate(found.values()):
@@ -134,15 +133,16 @@ def main() -> None:
     arguments = parser.parse_args()
     study = yaml.safe_load(Path(__file__).with_name("study.yaml").read_text(encoding="utf-8"))
     runs = read_runs(arguments.output / "rows")
-    order = ["BM25", "all-MiniLM-L6-v2", *study["rows"]]
-    runs = {row: runs[row] for row in order if row in runs}
+    runs = {row: runs[row] for row in [*study["peers"], *study["rows"]] if row in runs}
+    trained = {row: runs[row] for row, how in study["rows"].items() if row in runs and how.get("stages") != []}
     groups = groups_of(study["tests"])
     every = [name for names in study["tests"].values() for name in names]
-    text = f"# The study\n\n{table(runs, groups)}\n## Every test set\n\n{details(runs, every)}"
+    summary = table(runs, groups)
+    text = f"# The study\n\n{summary}\n## Every test set\n\n{details(runs, every)}"
     (arguments.output / "report.md").write_text(text, encoding="utf-8")
     draw_groups(runs, groups, arguments.output / "groups.png")
-    draw_differences(runs, arguments.output / "differences.png")
-    print(table(runs, groups))
+    draw_differences(trained, arguments.output / "differences.png")
+    print(summary)
 
 
 if __name__ == "__main__":

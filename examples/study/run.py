@@ -29,12 +29,10 @@ from st_llm_embed.averaging import average_checkpoints
 from st_llm_embed.data import consecutive_texts
 from st_llm_embed.data.sources import load_rows
 from st_llm_embed.demo import bundled_llm
-from st_llm_embed.evaluation import evaluate
-from st_llm_embed.evaluation.evaluate import find_tasks
+from st_llm_embed.evaluation import evaluate, local_task
 from st_llm_embed.hub import written_beside
 from st_llm_embed.stages import train_stages
 
-PEERS = ("BM25", "all-MiniLM-L6-v2")
 NOT_MODEL = {"stages", "negatives", "classes"}
 AUTOREGRESSIVE = "autoregressive"  # a stage that st-llm-embed train does not know
 
@@ -141,7 +139,7 @@ def train(config: dict[str, Any], output: Path) -> Path:
 
 
 def adapt_autoregressively(config: dict[str, Any], scratch: Path) -> SentenceTransformer:
-    """The first stage with the loss above in place of EBAE and EBAR; the same rows in the same order."""
+    """The first stage with next-token prediction in place of EBAE and EBAR; the same rows in the same order."""
     set_seed(config["seed"])
     model = build_model(**config["model"])
     set_seed(config["seed"] + 1)
@@ -189,7 +187,7 @@ def run_row(name: str, seed: int, study: dict[str, Any], arguments: argparse.Nam
     start = time.perf_counter()
     tests = [arguments.output / "data" / "test" / test for names in study["tests"].values() for test in names]
     if name == "BM25":
-        tasks = [task for test in tests if (test / "qrels").is_dir() for task in find_tasks(test)]
+        tasks = [local_task(test) for test in tests if (test / "qrels").is_dir()]
         found = mteb.evaluate(mteb.get_model("mteb/baseline-bm25s"), tasks, cache=None).task_results
     else:
         folder = TEACHER
@@ -215,8 +213,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="of study.yaml, and the peers (default: all)")
     arguments = parser.parse_args()
     for seed in arguments.seeds:
-        for name in arguments.rows or [*PEERS, *study["rows"]]:
-            untrained = name in PEERS or study["rows"][name].get("stages") == []
+        for name in arguments.rows or [*study["peers"], *study["rows"]]:
+            untrained = name in study["peers"] or study["rows"][name].get("stages") == []
             if seed == 0 or not untrained:
                 run_row(name, seed, study, arguments)
 

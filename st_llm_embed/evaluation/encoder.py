@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
@@ -63,6 +64,10 @@ class PromptedEncoder(AbsEncoder):
         if instructed and (instruction := _instruction(task)):
             return before_text(Task(task.name, instruction).prompt, general)
         return general or ("" if side else saved.get(self.model.default_prompt_name or "", ""))
+
+    def main_prompt(self, task: AbsTask) -> str:
+        """The prompt of a task's queries, or of its texts where all are of one sort."""
+        return self.prompt(task.metadata, PromptType.query if isinstance(task, AbsTaskRetrieval) else None)
 
     def encode(
         self,

@@ -6,26 +6,23 @@ not computed again, so an interrupted evaluation goes on.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import mteb
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from mteb.abstasks import AbsTask, AbsTaskRetrieval
+from mteb.abstasks import AbsTask
 from mteb.results import TaskResult
-from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.evaluation.encoder import PromptedEncoder
 from st_llm_embed.evaluation.local_tasks import local_task
 from st_llm_embed.hub.checking import demand_known_code
-from st_llm_embed.hub.folders import PICKLES, has_code
+from st_llm_embed.hub.folders import PICKLES, has_code, hash_files
 from st_llm_embed.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -78,7 +75,7 @@ def evaluate(
         ValueError: for an unknown task, two of one name, a folder in another layout, or unknown code in the model.
         ConnectionError: for a task whose data are on the Hub, while it cannot be reached.
     """
-    chosen = [task for name in tasks for task in find_tasks(name, split)]
+    chosen = find_tasks(tasks, split)
     names = [task.metadata.name for task in chosen]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"The tasks {twice} are named twice, and results are kept by name.")
@@ -101,38 +98,39 @@ def evaluate(
                 f"of other tasks are kept in {output}."
             ) from error
     folder = cache.get_task_result_path("results", encoder.mteb_model_meta).parent
-    table = _table(results, chosen, encoder, settings)
+    table = _table(results, chosen, encoder)
     (folder / "results.md").write_text(table, encoding="utf-8")
     return Evaluated(results, table, folder)
 
 
-def find_tasks(name: str | Path, split: str = "test") -> list[AbsTask]:
-    """The task of a folder, mteb's task of this name, or the tasks of mteb's benchmark of this name."""
-    if Path(name).is_dir():
-        return [local_task(name, split)]
-    known = [task.metadata.name for task in mteb.get_tasks()]
-    if name in known:
-        return [mteb.get_task(str(name))]
-    benchmarks = [benchmark.name for benchmark in mteb.get_benchmarks()]
-    if name in benchmarks:
-        return list(mteb.get_benchmark(str(name)).tasks)
-    near = get_close_matches(str(name), [*known, *benchmarks], n=5, cutoff=0.4)
-    raise ValueError(
-        f"{name} is neither a folder nor a task or benchmark of mteb {mteb.__version__}. Near it: {', '.join(near)}."
-    )
+def find_tasks(names: Iterable[str | Path], split: str = "test") -> list[AbsTask]:
+    """The tasks of folders, and mteb's tasks, or all tasks of its benchmarks, of these names."""
+    tasks: list[AbsTask] = []
+    known: list[str] = []  # asked for once, if at all: mteb makes all of its tasks to list them
+    benchmarks: list[str] = []
+    for name in names:
+        if Path(name).is_dir():
+            tasks.append(local_task(name, split))
+            continue
+        known = known or [task.metadata.name for task in mteb.get_tasks()]
+        benchmarks = benchmarks or [benchmark.name for benchmark in mteb.get_benchmarks()]
+        if name in known:
+            tasks.append(mteb.get_task(str(name)))
+        elif name in benchmarks:
+            tasks += mteb.get_benchmark(str(name)).tasks
+        else:
+            near = ", ".join(get_close_matches(str(name), [*known, *benchmarks], n=5, cutoff=0.4))
+            raise ValueError(
+                f"{name} is neither a folder nor a task or benchmark of mteb {mteb.__version__}. Near it: {near}."
+            )
+    return tasks
 
 
 def find_model(source: str | Path, revision: str | None = None) -> tuple[Path, str]:
     """The folder of a model, and what names this state of it: the commit, or a hash of its files."""
     if Path(source).is_dir():
-        hashed = hashlib.sha256()
-        for file in sorted(Path(source).rglob("*")):
-            if file.is_file() and file.name != "README.md":
-                hashed.update(str(file.relative_to(source)).encode())
-                with file.open("rb") as content:
-                    while block := content.read(1 << 24):
-                        hashed.update(block)
-        return Path(source), hashed.hexdigest()[:16]
+        files = [file for file in sorted(Path(source).rglob("*")) if file.is_file() and file.name != "README.md"]
+        return Path(source), hash_files(Path(source), files)
     root = Path(snapshot_download(str(source), revision=revision, ignore_patterns=[*PICKLES]))
     return root, root.name
 
@@ -149,7 +147,7 @@ def load_model(
     Raises:
         ValueError: for unknown code.
     """
-    code = (root / "modules.json").is_file() and has_code(root)
+    code = has_code(root)
     if code and not trust_remote_code:
         demand_known_code(root)
     wanted = {"dtype": dtype, "attn_implementation": attn_implementation}
@@ -167,11 +165,10 @@ def attention_of(model: SentenceTransformer) -> str:
     return "none" if llm is None else llm.config._attn_implementation
 
 
-def _table(
-    results: Sequence[TaskResult], tasks: Sequence[AbsTask], encoder: PromptedEncoder, settings: dict[str, Any]
-) -> str:
+def _table(results: Sequence[TaskResult], tasks: Sequence[AbsTask], encoder: PromptedEncoder) -> str:
     """The main figure of every task, and the means of each kind."""
     meta = encoder.mteb_model_meta
+    settings = meta.experiment_kwargs
     lines = [
         f"{meta.name} ({meta.revision}), {settings['dtype']}, {settings['attn_implementation']} attention; "
         f"st-llm-embed {__version__}, mteb {mteb.__version__}.",
@@ -183,7 +180,7 @@ def _table(
     for result, task in zip(results, tasks, strict=True):
         score = result.get_score()
         scores.setdefault(task.metadata.type, []).append(score)
-        prompt = encoder.prompt(task.metadata, PromptType.query if isinstance(task, AbsTaskRetrieval) else None)
+        prompt = encoder.main_prompt(task)
         shown = f"`{prompt}`".replace("\n", "\\n").replace("|", "\\|") if prompt else "none"
         cells = [task.metadata.name, task.metadata.type, task.metadata.main_score, f"{score:.4f}", shown]
         lines.append(f"| {' | '.join(cells)} |")

@@ -11,7 +11,6 @@ JSON lines, plain or ``.gz``, in one of these layouts:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from pathlib import Path
@@ -30,6 +29,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 
 from st_llm_embed.data.beir import judgements_file, read_qrels
 from st_llm_embed.data.sources import plain_or_gz, read_json_lines
+from st_llm_embed.hub.folders import hash_files
 
 logger = logging.getLogger(__name__)
 LAYOUTS = (
@@ -85,7 +85,8 @@ class LocalTask(AbsTask):
         self.metadata = TaskMetadata(
             name=folder.resolve().name,
             description=f"{split} of {folder}",
-            dataset={"path": str(folder), "revision": _hash_files(self._files())},
+            # Results on other data are not taken for these.
+            dataset={"path": str(folder), "revision": hash_files(folder, self._files())},
             type=self.kind,
             category="t2t" if self.kind in ("Retrieval", "STS", "PairClassification") else "t2c",
             eval_splits=[split],
@@ -211,11 +212,3 @@ def _split_file(folder: Path, split: str) -> Path:
 
 def _read_split(folder: Path, split: str) -> Dataset:
     return Dataset.from_list([row for _, row in read_json_lines(_split_file(folder, split))])
-
-
-def _hash_files(files: list[Path]) -> str:
-    """Results on other data are not taken for these."""
-    hashed = hashlib.sha256()
-    for file in files:
-        hashed.update(file.read_bytes())
-    return hashed.hexdigest()[:16]

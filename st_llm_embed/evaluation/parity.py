@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
-from mteb.abstasks import AbsTask, AbsTaskRetrieval
-from mteb.types import PromptType
+from mteb.abstasks import AbsTask
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
@@ -64,9 +63,8 @@ def parity(
     model = load("float32", "sdpa")
     encoder = PromptedEncoder(model, str(source), commit)
     texts: dict[str, list[str]] = {}
-    for task in (task for name in tasks for task in find_tasks(name, split)):
-        prompt = encoder.prompt(task.metadata, PromptType.query if isinstance(task, AbsTaskRetrieval) else None)
-        texts.setdefault(prompt, []).extend(_texts(task))
+    for task in find_tasks(tasks, split):
+        texts.setdefault(encoder.main_prompt(task), []).extend(_texts(task))
 
     def vectors(model: SentenceTransformer, size: int = batch_size) -> Tensor:
         parts = [model.encode(own, prompt=prompt, batch_size=size) for prompt, own in texts.items()]

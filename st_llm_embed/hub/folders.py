@@ -5,10 +5,11 @@ A folder from elsewhere is data. Nothing it names may lie outside it, and none o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -83,8 +84,20 @@ def _demand_inside(root: Path, file: str, path: str) -> None:
 
 
 def has_code(root: Path) -> bool:
-    """Does loading this folder run module code of its own?"""
-    return any(not entry["type"].startswith(STOCK) for entry in read_json(root / "modules.json"))
+    """Does loading this folder run module code of its own? One without modules.json gets the host's."""
+    file = root / "modules.json"
+    return file.is_file() and any(not entry["type"].startswith(STOCK) for entry in read_json(file))
+
+
+def hash_files(root: Path, files: Iterable[Path]) -> str:
+    """Sixteen digits that name this state of some files in ``root``, by their paths and contents."""
+    hashed = hashlib.sha256()
+    for file in files:
+        hashed.update(str(file.relative_to(root)).encode())
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                hashed.update(block)
+    return hashed.hexdigest()[:16]
 
 
 def read_json(file: Path) -> dict | list:

@@ -24,13 +24,17 @@ def embed_by_length(model: nn.Module, columns: Iterable[dict[str, Any]]) -> list
     other features than tokens) go through the model as in the host's losses.
     """
     columns = list(columns)
-    one_prompt = any(isinstance(module, Pooling) and not module.include_prompt for module in model.modules())
-    merged = None if one_prompt else merge_feature_batches(_with_instruction_masks(columns))
+    merged = None if leaves_out_one_prompt(model) else merge_feature_batches(_with_instruction_masks(columns))
     if merged is None or "attention_mask" not in merged:
         return embed_columns(model, columns)
     order = merged["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
     groups = [model(_cut_to_length(merged, rows))["sentence_embedding"] for rows in order.chunk(len(columns))]
     return list(torch.cat(groups)[order.argsort()].chunk(len(columns)))
+
+
+def leaves_out_one_prompt(model: nn.Module) -> bool:
+    """Does the host's pooling leave the prompt out? It knows of one, for all texts that it gets at a time."""
+    return any(isinstance(module, Pooling) and not module.include_prompt for module in model.modules())
 
 
 def _with_instruction_masks(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
