@@ -1,4 +1,4 @@
-"""The study's three scripts, from the real data sets to its report, at a size that shows only that they work."""
+"""The study's scripts, from the real data sets to a model's card, at a size that shows only that they work."""
 
 from __future__ import annotations
 
@@ -39,3 +39,6 @@ def test_the_study_runs_and_goes_on(tmp_path, shared):
     assert "| two stages | 2 |" in script("report", "--output", str(tmp_path))
     for picture in ("groups.png", "differences.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+    script("card", *where, "--row", "two stages")
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "| two stages | 2 |" in card and "SmolLM2-135M-Instruct turned into" in card and "license: cc-by" in card

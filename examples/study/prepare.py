@@ -21,7 +21,7 @@ import yaml
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from st_llm_embed.data import from_sts
+from st_llm_embed.data import from_beir, from_sts
 from st_llm_embed.data.beir import read_qrels
 from st_llm_embed.data.sources import load_rows, read_json_lines
 from st_llm_embed.hub import written_beside
@@ -58,7 +58,11 @@ def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def training_pairs(folder: Path, kind: str, count: int) -> Dataset:
     """``anchor, positive`` of a retrieval or STS set."""
-    rows = from_sts(folder / "train.jsonl.gz") if kind == "sts" else load_rows(str(folder / "train.jsonl.gz"))
+    file = folder / "train.jsonl.gz"
+    if kind == "sts":
+        rows = from_sts(file)
+    else:
+        rows = load_rows(str(file)) if file.is_file() else from_beir(folder)
     rows = rows.select_columns(["anchor", "positive"])
     return rows.shuffle(SEED).select(range(min(count, len(rows))))
 
@@ -152,13 +156,13 @@ def main() -> None:
     arguments = parser.parse_args()
     study = yaml.safe_load(Path(__file__).with_name("study.yaml").read_text(encoding="utf-8"))
     size = study["sizes"][arguments.size]
-    prepare_training(arguments.data, arguments.output / "data" / "train", study["train"], size)
-    for names in study["tests"].values():
-        for name in names:
-            target = arguments.output / "data" / "test" / name
-            if not target.is_dir():
-                with written_beside(target) as staged:
-                    test_maker(arguments.data / name)(arguments.data / name, staged, size["tests"])
+    sets = study["sets"][size["sets"]]
+    prepare_training(arguments.data, arguments.output / "data" / "train", sets["train"], size)
+    for name in sets["test"]:
+        target = arguments.output / "data" / "test" / name
+        if not target.is_dir():
+            with written_beside(target) as staged:
+                test_maker(arguments.data / name)(arguments.data / name, staged, size["tests"])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python examples/study/report.py --output study-cpu
 
 Writes ``report.md``, ``groups.png`` and ``differences.png`` into the folder of the study. A row's figure is the mean
-over its seeds, with their standard deviation. Its difference from the row "two stages" is taken test by test, over the
-seeds that both have; its 95 % interval is a bootstrap over the test sets.
+over its seeds, with their standard deviation. Its difference from another row (the first, or that which ``study.yaml``
+says) is taken test by test, over the seeds that both have; its 95 % interval is a bootstrap over the test sets.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from matplotlib.figure import Figure
 
 from st_llm_embed.tasks import known_task
 
-BASE = "two stages"
 RESAMPLES = 10_000
 
 Scores = dict[str, float]  # by test set
 Runs = dict[str, dict[int, Scores]]  # by row and seed
 
 
-def read_runs(folder: Path) -> Runs:
-    """The figures that are there."""
+def read_runs(folder: Path) -> tuple[Runs, str]:
+    """The figures that are there, and the size that they are of."""
     runs: Runs = {}
     for file in sorted(folder.glob("*.json")):
         row = json.loads(file.read_text(encoding="utf-8"))
         runs.setdefault(row["row"], {})[row["seed"]] = row["scores"]
-    return runs
+    return runs, row["size"]
 
 
-def groups_of(tests: Mapping[str, list[str]]) -> dict[str, list[str]]:
+def groups_of(train: Mapping[str, list[str]], test: list[str]) -> dict[str, list[str]]:
     """The test sets of each column, retrieval first."""
-    groups: dict[str, list[str]] = {f"retrieval, {where}": [] for where in tests}
-    for where, names in tests.items():
-        for name in names:
-            kind = known_task(name).kind
-            groups.setdefault(f"{kind}, {where}" if kind == "retrieval" else kind, []).append(name)
+    trained = {name for names in train.values() for name in names}
+    groups: dict[str, list[str]] = {f"retrieval, {where}": [] for where in ("test splits", "other sets")}
+    for name in test:
+        kind = known_task(name).kind
+        where = "test splits" if name in trained else "other sets"
+        groups.setdefault(f"{kind}, {where}" if kind == "retrieval" else kind, []).append(name)
     return groups
 
 
@@ -58,29 +58,32 @@ def cell(values: list[float | None]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def difference(runs: Runs, row: str) -> tuple[float, float, float] | None:
+def difference(runs: Runs, row: str, base: str) -> tuple[float, float, float] | None:
     """Mean, and the ends of its 95 % interval."""
-    seeds = sorted(set(runs[row]) & set(runs[BASE]))
-    tests = sorted(runs[BASE][seeds[0]]) if seeds else []
-    if row == BASE or not seeds or any(set(tests) - set(runs[row][seed]) for seed in seeds):
+    seeds = sorted(set(runs[row]) & set(runs[base]))
+    tests = sorted(runs[base][seeds[0]]) if seeds else []
+    if row == base or not seeds or any(set(tests) - set(runs[row][seed]) for seed in seeds):
         return None
-    gained = np.array([mean(runs[row][seed][test] - runs[BASE][seed][test] for seed in seeds) for test in tests])
+    gained = np.array([mean(runs[row][seed][test] - runs[base][seed][test] for seed in seeds) for test in tests])
     resampled = np.random.default_rng(0).choice(gained, (RESAMPLES, len(gained))).mean(axis=1)
     low, high = np.percentile(resampled, [2.5, 97.5])
     return float(gained.mean()), float(low), float(high)
 
 
-def table(runs: Runs, groups: Mapping[str, list[str]]) -> str:
-    """Every row's mean of each group, and its difference from the base."""
+def table(runs: Runs, groups: Mapping[str, list[str]], bases: Mapping[str, str]) -> str:
+    """Every row's mean of each group, and its difference from its base."""
+    first = next(iter(bases.values()))
     columns = [*groups.values(), [name for names in groups.values() for name in names]]
     lines = [
-        f"| | seeds | {' | '.join(groups)} | all | against {BASE} |",
+        f"| | seeds | {' | '.join(groups)} | all | against {first} |",
         f"| --- | --- |{' --- |' * (len(groups) + 2)}",
     ]
     for row, seeds in runs.items():
         figures = [cell([group_mean(scores, names) for scores in seeds.values()]) for names in columns]
-        gained = difference(runs, row)
+        gained = difference(runs, row, bases[row])
         against = f"{gained[0]:+.3f} [{gained[1]:+.3f}, {gained[2]:+.3f}]" if gained else ""
+        if gained and bases[row] != first:
+            against += f" (against {bases[row]})"
         lines.append(f"| {row} | {len(seeds)} | {' | '.join(figures)} | {against} |")
     return "\n".join(lines) + "\n"
 
@@ -94,7 +97,7 @@ def details(runs: Runs, tests: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_groups(runs: Runs, groups: Mapping[str, list[str]], file: Path) -> None:
+def draw_groups(runs: Runs, groups: Mapping[str, list[str]], bases: Mapping[str, str], file: Path) -> None:
     """A panel for each group, a bar for each row, the seeds' standard deviation on it."""
     figure = Figure(figsize=(2.6 * len(groups) + 2, 0.32 * len(runs) + 1.2), layout="constrained")
     for axis, (name, tests) in zip(figure.subplots(1, len(groups), sharey=True), groups.items(), strict=True):
@@ -103,17 +106,22 @@ def draw_groups(runs: Runs, groups: Mapping[str, list[str]], file: Path) -> None
             if None in values:
                 continue
             spread = stdev(values) if len(values) > 1 else None
-            axis.barh(place, mean(values), xerr=spread, color="#3b6fb6" if row == BASE else "#9db7d9")
+            axis.barh(place, mean(values), xerr=spread, color="#3b6fb6" if row in bases.values() else "#9db7d9")
         axis.set_title(name.replace(", ", "\n"), fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_yticks(range(len(runs)), list(runs))
+    figure.axes[0].margins(y=0.01)
     figure.axes[0].invert_yaxis()
     figure.savefig(file, dpi=120)
 
 
-def draw_differences(runs: Runs, file: Path) -> None:
-    """Each row against the base, with its interval."""
-    found = {row: gained for row in runs if (gained := difference(runs, row))}
+def draw_differences(runs: Runs, bases: Mapping[str, str], file: Path) -> None:
+    """Each trained row against its base, with its interval."""
+    first = next(iter(bases.values()))
+    found = {}
+    for row, base in bases.items():
+        if gained := difference(runs, row, base):
+            found[row if base == first else f"{row}\nagainst {base}"] = gained
     figure = Figure(figsize=(7.5, 0.36 * len(found) + 1.2), layout="constrained")
     axis = figure.subplots()
     for place, (middle, low, high) in enumerate(found.values()):
@@ -121,7 +129,8 @@ def draw_differences(runs: Runs, file: Path) -> None:
     axis.axvline(0, color="#999999", linewidth=1)
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
-    axis.set_xlabel(f"difference from {BASE}, mean over the test sets, 95 % interval")
+    axis.locator_params(axis="x", nbins=6)
+    axis.set_xlabel(f"difference from {first}, mean over the test sets, 95 % interval")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
 
@@ -132,16 +141,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the study")
     arguments = parser.parse_args()
     study = yaml.safe_load(Path(__file__).with_name("study.yaml").read_text(encoding="utf-8"))
-    runs = read_runs(arguments.output / "rows")
+    runs, size = read_runs(arguments.output / "rows")
     runs = {row: runs[row] for row in [*study["peers"], *study["rows"]] if row in runs}
-    trained = {row: runs[row] for row, how in study["rows"].items() if row in runs and how.get("stages") != []}
-    groups = groups_of(study["tests"])
-    every = [name for names in study["tests"].values() for name in names]
-    summary = table(runs, groups)
-    text = f"# The study\n\n{summary}\n## Every test set\n\n{details(runs, every)}"
+    rows = {row: how for row, how in study["rows"].items() if row in runs}
+    first = next(iter(rows))
+    bases = {row: rows.get(row, {}).get("against", first) for row in runs}
+    trained = {row: bases[row] for row, how in rows.items() if how.get("stages") != []}
+    sets = study["sets"][study["sizes"][size]["sets"]]
+    groups = groups_of(sets["train"], sets["test"])
+    summary = table(runs, groups, bases)
+    text = f"# The study\n\n{summary}\n## Every test set\n\n{details(runs, sets['test'])}"
     (arguments.output / "report.md").write_text(text, encoding="utf-8")
-    draw_groups(runs, groups, arguments.output / "groups.png")
-    draw_differences(trained, arguments.output / "differences.png")
+    draw_groups(runs, groups, bases, arguments.output / "groups.png")
+    draw_differences(runs, trained, arguments.output / "differences.png")
     print(summary)
 
 

@@ -20,11 +20,11 @@ import mteb
 import torch
 import yaml
 from prepare import TEACHER
-from pretext import AutoregressiveLoss
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from transformers import set_seed
 
-from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, build_model
+from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, PretextLoss, build_model
 from st_llm_embed.averaging import average_checkpoints
 from st_llm_embed.data import consecutive_texts
 from st_llm_embed.data.sources import load_rows
@@ -33,8 +33,15 @@ from st_llm_embed.evaluation import evaluate, local_task
 from st_llm_embed.hub import written_beside
 from st_llm_embed.stages import train_stages
 
-NOT_MODEL = {"stages", "negatives", "classes"}
+NOT_MODEL = {"stages", "negatives", "classes", "against"}
 AUTOREGRESSIVE = "autoregressive"  # a stage that st-llm-embed train does not know
+
+
+class AutoregressiveLoss(PretextLoss):
+    """Next-token prediction on the text, through the same pass: what more ordinary training would do."""
+
+    def forward(self, sentence_features: list[dict[str, Tensor]], labels: Tensor | None = None) -> dict[str, Tensor]:
+        return {"ar": super().forward(sentence_features, labels)["ar"]}
 
 
 def configuration(
@@ -43,7 +50,7 @@ def configuration(
     """The settings of ``train_stages`` for one row, but for its output."""
     source, prepared = folders
     of = {**study["base"], **row}
-    train = study["train"]
+    train = study["sets"][size["sets"]]["train"]
     mined = [*train["retrieval"], *train["sts"]]
     data: dict[str, Any] = {
         name: {
@@ -103,7 +110,8 @@ def configuration(
             "bf16": True,
             "use_cpu": not torch.cuda.is_available(),
             "dataloader_pin_memory": torch.cuda.is_available(),
-            "save_strategy": "no",
+            "save_steps": 200,
+            "save_total_limit": 1,
             "logging_steps": 10,
         },
     }
@@ -185,7 +193,8 @@ def run_row(name: str, seed: int, study: dict[str, Any], arguments: argparse.Nam
     if file.is_file():
         return
     start = time.perf_counter()
-    tests = [arguments.output / "data" / "test" / test for names in study["tests"].values() for test in names]
+    sets = study["sets"][study["sizes"][arguments.size]["sets"]]
+    tests = [arguments.output / "data" / "test" / test for test in sets["test"]]
     if name == "BM25":
         tasks = [local_task(test) for test in tests if (test / "qrels").is_dir()]
         found = mteb.evaluate(mteb.get_model("mteb/baseline-bm25s"), tasks, cache=None).task_results
