@@ -59,8 +59,8 @@ def cell(values: list[float | None]) -> str:
 
 
 def difference(runs: Runs, row: str, base: str) -> tuple[float, float, float] | None:
-    """Mean, and the ends of its 95 % interval."""
-    seeds = sorted(set(runs[row]) & set(runs[base]))
+    """Mean, and the ends of its 95 % interval. None while they have not been run on the same seeds and tests."""
+    seeds = sorted(set(runs[row]) & set(runs.get(base, {})))
     tests = sorted(runs[base][seeds[0]]) if seeds else []
     if row == base or not seeds or any(set(tests) - set(runs[row][seed]) for seed in seeds):
         return None
