@@ -17,7 +17,7 @@ from run import model_folder
 from st_llm_embed.demo import BUNDLED_ID
 from st_llm_embed.hub import load_trusted, save_sealed
 
-ABOUT = {"base_model": BUNDLED_ID, "language": ["en"], "license": "cc-by-nc-4.0"}
+ABOUT = {"base_model": BUNDLED_ID, "language": ["en"]}
 SECTION = """## Results
 
 The row "{row}" of st-llm-embed's study (`examples/study`, size `{size}`): nDCG@10, Spearman's rank correlation
@@ -51,15 +51,15 @@ def main() -> None:
     )
     model = load_trusted(model_folder(arguments.row, 0, study, arguments))
     model.model_card_data.base_model = BUNDLED_ID
-    model.model_card_data.set_license(ABOUT["license"])
+    model.model_card_data.set_license("cc-by-nc-4.0")
     folder = save_sealed(model, arguments.output / "published", section)
     card = folder / "README.md"
     # The host's part is the last stage's: it knows nothing of ABOUT, and shows rows of data that are not ours to show.
     ours, _, _ = card.read_text(encoding="utf-8").partition("## Model Details")
     card.write_text(ours.rstrip() + "\n", encoding="utf-8")
-    about = {**(metadata_load(card) or {}), **ABOUT}
+    about = metadata_load(card)
     del about["widget"]
-    metadata_save(card, about)
+    metadata_save(card, {**about, **ABOUT})
 
 
 if __name__ == "__main__":
