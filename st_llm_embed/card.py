@@ -61,7 +61,8 @@ def inherit_license(model: SentenceTransformer) -> None:
 def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: bool) -> None:
     """Put this package's part and ``section`` into the host's card, and make the card's own snippet one that loads.
 
-    A model that was loaded and not trained brings the card that it had, and keeps it, but for its name and licence.
+    A model that was loaded and not trained brings the card that it had, and keeps it, but for its name, licence and
+    languages.
     """
     head, heading, details = file.read_text(encoding="utf-8").partition(DETAILS)
     if HEADING not in head:
@@ -72,23 +73,29 @@ def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: 
     if has_code:
         details = re.sub(r'(SentenceTransformer\("[^"]+")\)', r"\1, trust_remote_code=True)", details)
     card = model.model_card_data
+    stated = {key: value for key in ("language", "license") if (value := getattr(card, key))}
     file.write_text((head + heading + details).replace(PLACEHOLDER, card.model_id or PLACEHOLDER), encoding="utf-8")
     metadata = metadata_load(file) or {}
-    if card.license is not None and metadata.get("license") != card.license:
-        metadata_save(file, {**metadata, "license": card.license})
+    if metadata != {**metadata, **stated}:
+        metadata_save(file, {**metadata, **stated})
 
 
-def record_training(file: Path, stages: list[dict[str, str]]) -> None:
+def record_training(file: Path, stages: list[dict[str, str]], start: Path | None = None) -> None:
     """Put a table of all training stages into the host's card, which knows of the last one only.
 
     Args:
         file: the card.
         stages: a row each, with the same keys.
+        start: the card of the model that they went on from, whose table comes first.
     """
     head, heading, details = file.read_text(encoding="utf-8").partition(DETAILS)
-    rows = [list(stages[0]), ["---"] * len(stages[0]), *(list(stage.values()) for stage in stages)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    file.write_text(f"{head}{TRAINING}\n\n{table}\n\n{heading}{details}", encoding="utf-8")
+    table = [f"| {' | '.join(row)} |" for row in (stages[0], ["---"] * len(stages[0]))]
+    if start is not None and start.is_file():
+        earlier = start.read_text(encoding="utf-8").partition(TRAINING)[2].partition(DETAILS)[0]
+        table += [line for line in earlier.splitlines() if line.startswith("| ")][2:]
+    table += [f"| {' | '.join(stage.values())} |" for stage in stages]
+    rows = "\n".join(table)
+    file.write_text(f"{head}{TRAINING}\n\n{rows}\n\n{heading}{details}", encoding="utf-8")
 
 
 def describe(model: SentenceTransformer, has_code: bool) -> str:

@@ -141,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, default=32, help="texts encoded at once (default: %(default)s)")
     evaluate.add_argument("--dtype", help="of the weights, such as bfloat16 (default: as saved)")
     evaluate.add_argument("--attn-implementation", help="eager, sdpa or flash_attention_2 (default: the LLM's)")
+    evaluate.add_argument("--max-seq-length", type=int, help="tokens of a text, prompt included (default: as saved)")
     evaluate.add_argument("--device", help="such as cuda (default: the best there is)")
     evaluate.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     evaluate.add_argument("--trust-remote-code", action="store_true", help="run code that this package does not ship")

@@ -13,9 +13,10 @@
       - {name: blended, data: [scifact, moods], arguments: {stage: 2, num_train_epochs: 1}}
 
 A data set names its builder in ``st_llm_embed.data`` and that builder's arguments; beside them the settings of its
-``Task``, unless ``known_task`` knows its name. Each stage leaves ``output/NUMBER-NAME/model``. A run that was killed
-is started again with the same configuration: finished stages are kept, and the one in between goes on from its last
-checkpoint.
+``Task``, unless ``known_task`` knows its name. ``start: FOLDER`` goes on from the weights of a model that such a run
+left, of the same ``model``, and runs that folder's code. Each stage leaves ``output/NUMBER-NAME/model``. A run that
+was killed is started again with the same configuration: finished stages are kept, and the one in between goes on from
+its last checkpoint.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ READERS: dict[str, Callable[..., Any]] = {
 }
 PRETEXT = consecutive_texts.__name__
 TASK_SETTINGS = {field.name for field in fields(Task)} - {"name", "negatives"}
-KEYS = {"output": str, "model": dict, "data": dict, "stages": list, "arguments": dict, "seed": int}
+KEYS = {"output": str, "model": dict, "start": str, "data": dict, "stages": list, "arguments": dict, "seed": int}
 STAGE_KEYS = {"name": str, "data": list, "arguments": dict, "loss": dict}
 
 
@@ -113,12 +114,13 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
     """
     settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) if isinstance(config, str | Path) else config
     stages = _read_stages(settings)
+    start = last = _read_start(settings.get("start"))
     output = Path(settings["output"])
     data = {name: _read_data(name, dict(how)) for name, how in settings["data"].items() if _is_used(name, stages)}
     if int(os.environ.get("RANK", 0)) == 0:
         _claim(output, settings)
     seed = settings.get("seed", 0)
-    model, last, done = None, None, []
+    model, done = None, []
     for number, stage in enumerate(stages, 1):
         done.append(_card_row(stage, data, settings.get("arguments", {})))
         folder = output / f"{number}-{stage.name}"
@@ -134,7 +136,7 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
                 if trainer.is_world_process_zero():
                     with written_beside(folder / "model") as staged:
                         whole.save_pretrained(str(staged))
-                        record_training(staged / "README.md", done)
+                        record_training(staged / "README.md", done, start and start / "README.md")
             trainer.accelerator.wait_for_everyone()
             if trainer.is_fsdp_enabled:
                 model = None  # it stays in shards, and the next stage shards anew
@@ -160,6 +162,15 @@ def _read_stages(settings: Mapping[str, Any]) -> list[Stage]:
             raise ValueError(f"Stage {stage.name!r} names {wrong}. Known: {sorted(settings['data'])}.")
         stages.append(stage)
     return stages
+
+
+def _read_start(folder: str | None) -> Path | None:
+    """The model to go on from."""
+    if folder is None:
+        return None
+    if not (Path(folder) / "modules.json").is_file():
+        raise ValueError(f"start={folder!r} is no model. It takes one that a run left, such as OUTPUT/1-NAME/model.")
+    return Path(folder)
 
 
 def _check_settings(what: str, found: Any, kinds: Mapping[str, type], needed: Collection[str]) -> None:

@@ -55,5 +55,7 @@ def test_a_card_is_finished_once_and_keeps_its_other_parts(llm, tmp_path):
     assert file.read_text() == once and once.count("## Results") == once.count("## What this is") == 1
     assert once.count(", trust_remote_code=True)") == 2 and card_errors(once) == []
     model.model_card_data.set_license("apache-2.0")
+    model.model_card_data.language = ["en"]
     finish_card(file, model, "", has_code=True)
-    assert metadata_load(file)["license"] == "apache-2.0" and "Good." in file.read_text()
+    stated = metadata_load(file)
+    assert stated["license"] == "apache-2.0" and stated["language"] == ["en"] and "Good." in file.read_text()

@@ -94,7 +94,11 @@ def test_eight_local_tasks_of_five_kinds_give_the_same_twice(folders, model_fold
     assert kinds - {"kind", "---"} == {"Retrieval", "STS", "PairClassification", "Classification", "Clustering"}
     assert (first.folder / "results.md").read_text() == first.table
     settings = json.loads((first.folder / "model_meta.json").read_text())
-    assert settings["experiment_kwargs"] == {"dtype": "float32", "attn_implementation": "sdpa"}
+    assert settings["experiment_kwargs"] == {
+        "dtype": "float32",
+        "attn_implementation": "sdpa",
+        "max_seq_length": 512,
+    }
     # What is there is not computed again.
     monkeypatch.setattr(PromptedEncoder, "encode", None)
     assert evaluate(model_folder, sets, tmp_path / "one").table == first.table
@@ -118,6 +122,16 @@ def test_retrieval_figure_is_that_of_pytrec_eval_and_of_the_formula(folders, mod
         grades = judged[f"q{i}"]
         by_hand.append(dcg([grades.get(f"d{j}", 0) for j in np.argsort(-row)]) / dcg([2, 1, 0]))
     assert found == pytest.approx(np.mean(by_hand), abs=1e-4)
+
+
+def test_longer_texts_than_the_model_says_are_other_results(folders, model_folder, tmp_path):
+    cut = evaluate(model_folder, [folders / "questions"], tmp_path, max_seq_length=20)
+    whole = evaluate(model_folder, [folders / "questions"], tmp_path)
+    assert cut.folder != whole.folder and "at most 20 tokens" in cut.table
+    assert cut.results[0].get_score() != whole.results[0].get_score()
+    for wrong in (0, 513):
+        with pytest.raises(ValueError, match=f"max_seq_length={wrong} must be from 1 to 512"):
+            evaluate(model_folder, [folders / "questions"], tmp_path, max_seq_length=wrong)
 
 
 def test_a_hub_id_is_known_by_its_commit(folders, model_folder, tmp_path):

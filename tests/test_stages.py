@@ -95,6 +95,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def test_a_run_starts_from_the_model_that_another_left(settings, tmp_path):
+    first, last = settings["stages"][0], settings["stages"][2]
+    left = train_stages({**settings, "stages": [{**settings["stages"][1], "arguments": {"stage": 1, "max_steps": 1}}]})
+    still = {**last, "data": ["banking77"], "arguments": {"stage": 2, "max_steps": 1, "learning_rate": 0.0}}
+    went_on = {**settings, "output": str(tmp_path / "second"), "start": str(left), "stages": [still]}
+    second = train_stages(went_on)
+    for name, tensor in weights(left).items():
+        torch.testing.assert_close(weights(second)[name], tensor, rtol=0, atol=0)
+    assert {"pairs", "banking77"} <= set(SentenceTransformer(str(second), trust_remote_code=True).prompts)
+    table = (second / "README.md").read_text().partition("## How it was trained")[2]
+    assert table.index("| retrieval | 1 | pairs") < table.index("| blended | 2 | banking77")
+    for wrong in (str(tmp_path), "org/model"):
+        with pytest.raises(ValueError, match="is no model. It takes"):
+            train_stages({**went_on, "output": str(tmp_path / "third"), "start": wrong, "stages": [first]})
+
+
 def test_three_stages_and_what_they_leave(settings, tmp_path, capsys):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings))

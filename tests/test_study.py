@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROWS = ["BM25", "two stages", "averaged", "LLaRA, autoregressive"]
+ROWS = ["BM25", "two stages", "averaged", "LLaRA, autoregressive", "reversed, longer, pairs"]
 
 
 def script(name: str, *arguments: str) -> str:
@@ -35,7 +35,8 @@ def test_the_study_runs_and_goes_on(tmp_path, shared):
     # What is there is not run again, and stages that rows share were run once.
     assert script("run", *where, "--rows", *ROWS) == ""
     trained = {folder.name for folder in (tmp_path / "models").iterdir()}
-    assert len(trained - {"averaged-0", "averaged-1"}) == 2 * 5  # stage 1, three stages 2 after it, autoregressive
+    # For each seed: stage 1, three stages 2 after it, autoregressive; the reversed two stages, pairs after them.
+    assert len(trained - {"averaged-0", "averaged-1"}) == 2 * (5 + 3)
     assert "| two stages | 2 |" in script("report", "--output", str(tmp_path))
     for picture in ("groups.png", "differences.png"):
         assert (tmp_path / picture).stat().st_size > 10_000

@@ -7,17 +7,14 @@ Writes ``OUTPUT/published``, which ``st-llm-embed publish`` takes as it is.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-import yaml
 from huggingface_hub import metadata_load, metadata_save
 from run import model_folder
+from study import STUDY, parser_of
 
 from st_llm_embed.demo import BUNDLED_ID
 from st_llm_embed.hub import load_trusted, save_sealed
 
-ABOUT = {"base_model": BUNDLED_ID, "language": ["en"]}
+GENERAL = "wikiqa"  # the training set whose instruction suits most questions
 SECTION = """## Results
 
 The row "{row}" of st-llm-embed's study (`examples/study`, size `{size}`): nDCG@10, Spearman's rank correlation
@@ -27,39 +24,38 @@ and accuracy on samples of test splits, and of other sets nothing of which was t
 {table}
 ## Limits
 
-The LLM's first {layers} layers only, trained on two CPU cores, in English. Some of its training sets are licensed for
-research only (WikiQA) or not for commerce (SICK), hence its licence."""
+{llm}, trained briefly, in English. Some of its training sets are licensed for research only (WikiQA) or not for
+commerce (SICK), hence its licence."""
 
 
 def main() -> None:
     """Write the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--size", required=True, help="of study.yaml")
+    parser = parser_of(__doc__)
     parser.add_argument("--row", required=True, help="of study.yaml")
     arguments = parser.parse_args()
-    study = yaml.safe_load(Path(__file__).with_name("study.yaml").read_text(encoding="utf-8"))
-    size = study["sizes"][arguments.size]
+    size = STUDY["sizes"][arguments.size]
     report = (arguments.output / "report.md").read_text(encoding="utf-8")
     section = SECTION.format(
         row=arguments.row,
         size=arguments.size,
         tests=size["tests"],
         table=report.partition("\n\n")[2].replace("## ", "### "),
-        layers=size["layers"],
+        llm=f"The LLM's first {size['layers']} layers only" if size["layers"] else "The whole LLM",
     )
-    model = load_trusted(model_folder(arguments.row, 0, study, arguments))
+    model = load_trusted(model_folder(arguments.row, 0, arguments))
+    model.max_seq_length = size.get("test_max_seq_length", size["max_seq_length"])
+    model.prompts["query"] = model.prompts[GENERAL]
     model.model_card_data.base_model = BUNDLED_ID
+    model.model_card_data.language = ["en"]
     model.model_card_data.set_license("cc-by-nc-4.0")
     folder = save_sealed(model, arguments.output / "published", section)
     card = folder / "README.md"
-    # The host's part is the last stage's: it knows nothing of ABOUT, and shows rows of data that are not ours to show.
+    # The host's part is the last stage's, and shows rows of data that are not ours to show.
     ours, _, _ = card.read_text(encoding="utf-8").partition("## Model Details")
     card.write_text(ours.rstrip() + "\n", encoding="utf-8")
     about = metadata_load(card)
     del about["widget"]
-    metadata_save(card, {**about, **ABOUT})
+    metadata_save(card, {**about, "base_model": BUNDLED_ID})
 
 
 if __name__ == "__main__":

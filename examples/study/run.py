@@ -19,8 +19,9 @@ from typing import Any
 import mteb
 import torch
 import yaml
-from prepare import TEACHER
+from prepare import TEACHER, TEXT
 from sentence_transformers import SentenceTransformer
+from study import STUDY, parser_of
 from torch import Tensor
 from transformers import set_seed
 
@@ -33,7 +34,8 @@ from st_llm_embed.evaluation import evaluate, local_task
 from st_llm_embed.hub import written_beside
 from st_llm_embed.stages import train_stages
 
-NOT_MODEL = {"stages", "negatives", "classes", "against"}
+NOT_MODEL = {"stages", "negatives", "classes", "against", "after", "size"}
+CLOZE = f"{TEXT}_cloze"
 AUTOREGRESSIVE = "autoregressive"  # a stage that st-llm-embed train does not know
 
 
@@ -44,13 +46,11 @@ class AutoregressiveLoss(PretextLoss):
         return {"ar": super().forward(sentence_features, labels)["ar"]}
 
 
-def configuration(
-    study: dict[str, Any], row: dict[str, Any], size: dict[str, Any], folders: tuple[Path, Path], seed: int
-) -> dict[str, Any]:
+def configuration(row: dict[str, Any], size: dict[str, Any], folders: tuple[Path, Path], seed: int) -> dict[str, Any]:
     """The settings of ``train_stages`` for one row, but for its output."""
     source, prepared = folders
-    of = {**study["base"], **row}
-    train = study["sets"][size["sets"]]["train"]
+    of = {**STUDY["base"], **row}
+    train = STUDY["sets"][size["sets"]]["train"]
     mined = [*train["retrieval"], *train["sts"]]
     data: dict[str, Any] = {
         name: {
@@ -70,16 +70,28 @@ def configuration(
             "label": "label_text",
             "negatives": size["negatives"],
         }
-    groups = {"retrieval": train["retrieval"], "all": list(data), "pretext": ["wikipedia_en"]}
-    data["wikipedia_en"] = {
+    groups = {
+        "retrieval": train["retrieval"],
+        "all": list(data),
+        "pretext": [TEXT],
+        "pairs": [*train["retrieval"], CLOZE],
+    }
+    data[TEXT] = {
         "read": "consecutive_texts",
-        "documents": str(source / "wikipedia_en" / "train.jsonl.gz"),
+        "documents": str(source / TEXT / "train.jsonl.gz"),
         "document_column": "doc",
         "max_characters": 300,
     }
+    data[CLOZE] = {
+        "read": "load_dataset",
+        "path": "json",
+        "data_files": str(prepared / f"{TEXT}-none.jsonl.gz"),
+        "split": "train",
+        "instruction": "Given a sentence, find the paragraph that it was taken from",
+    }
     stages = []
     for name in of["stages"]:
-        stage = study["stages"][name]
+        stage = STUDY["stages"][name]
         pretext = stage["data"] == "pretext"
         steps = size["pretext_steps" if pretext else "steps"] * stage.get("steps", 1)
         arguments = {**stage.get("arguments", {}), "max_steps": steps}
@@ -171,15 +183,18 @@ def _key(config: dict[str, Any], stages: int) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def model_folder(name: str, seed: int, study: dict[str, Any], arguments: argparse.Namespace) -> Path:
+def model_folder(name: str, seed: int, arguments: argparse.Namespace) -> Path:
     """The model of a row, trained if it is not there, or averaged from other rows'."""
-    row, size = study["rows"][name], study["sizes"][arguments.size]
+    row, size = STUDY["rows"][name], STUDY["sizes"][arguments.size]
     if "average" not in row:
         folders = arguments.data, arguments.output / "data" / "train"
-        return train(configuration(study, row, size, folders, seed), arguments.output)
+        config = configuration(row, size, folders, seed)
+        if "after" in row:
+            config["start"] = str(model_folder(row["after"], seed, arguments))
+        return train(config, arguments.output)
     averaged = arguments.output / "models" / f"{file_name(name)}-{seed}"
     if not averaged.is_dir():
-        average_checkpoints([model_folder(of, seed, study, arguments) for of in row["average"]], averaged)
+        average_checkpoints([model_folder(of, seed, arguments) for of in row["average"]], averaged)
     return averaged
 
 
@@ -187,22 +202,24 @@ def file_name(row: str) -> str:
     return row.replace(", ", "-").replace(" ", "-")
 
 
-def run_row(name: str, seed: int, study: dict[str, Any], arguments: argparse.Namespace) -> None:
+def run_row(name: str, seed: int, arguments: argparse.Namespace) -> None:
     """Write one row's figures, unless they are there."""
     file = arguments.output / "rows" / f"{file_name(name)}-{seed}.json"
     if file.is_file():
         return
     start = time.perf_counter()
-    sets = study["sets"][study["sizes"][arguments.size]["sets"]]
+    size = STUDY["sizes"][arguments.size]
+    sets = STUDY["sets"][size["sets"]]
     tests = [arguments.output / "data" / "test" / test for test in sets["test"]]
     if name == "BM25":
         tasks = [local_task(test) for test in tests if (test / "qrels").is_dir()]
         found = mteb.evaluate(mteb.get_model("mteb/baseline-bm25s"), tasks, cache=None).task_results
     else:
-        folder = TEACHER
+        folder, longest = TEACHER, None
         if name != "all-MiniLM-L6-v2":
-            folder = model_folder(name, seed, study, arguments)
-        found = evaluate(folder, tests, arguments.output / "results", batch_size=64, dtype="bfloat16").results
+            folder, longest = model_folder(name, seed, arguments), size.get("test_max_seq_length")
+        how = {"batch_size": 64, "dtype": "bfloat16", "max_seq_length": longest}
+        found = evaluate(folder, tests, arguments.output / "results", **how).results
     figures = {result.task_name: round(result.get_score(), 5) for result in found}
     with written_beside(file) as staged:
         seconds = round(time.perf_counter() - start)
@@ -213,19 +230,16 @@ def run_row(name: str, seed: int, study: dict[str, Any], arguments: argparse.Nam
 
 def main() -> None:
     """Run what is missing."""
-    study = yaml.safe_load(Path(__file__).with_name("study.yaml").read_text(encoding="utf-8"))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the study, after prepare.py")
-    parser.add_argument("--size", default="cpu", help="of study.yaml (default: %(default)s)")
+    parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trained rows (default: 0)")
     parser.add_argument("--rows", nargs="+", help="of study.yaml, and the peers (default: all)")
     arguments = parser.parse_args()
+    of_size = [name for name, row in STUDY["rows"].items() if row.get("size", arguments.size) == arguments.size]
     for seed in arguments.seeds:
-        for name in arguments.rows or [*study["peers"], *study["rows"]]:
-            untrained = name in study["peers"] or study["rows"][name].get("stages") == []
+        for name in arguments.rows or [*STUDY["peers"], *of_size]:
+            untrained = name in STUDY["peers"] or STUDY["rows"][name].get("stages") == []
             if seed == 0 or not untrained:
-                run_row(name, seed, study, arguments)
+                run_row(name, seed, arguments)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def evaluate(
     batch_size: int = 32,
     dtype: str | None = None,
     attn_implementation: str | None = None,
+    max_seq_length: int | None = None,
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -66,13 +67,15 @@ def evaluate(
         split: of the local tasks.
         batch_size: texts encoded at once.
         dtype, attn_implementation: of the LLM, such as ``bfloat16`` and ``sdpa``. Default: as the model says.
+        max_seq_length: tokens of a text, prompt included. Default: as the model says.
         device: default: the best there is.
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: run code in ``source`` that this package does not ship.
 
     Raises:
         FileNotFoundError: for a split that a folder does not have.
-        ValueError: for an unknown task, two of one name, a folder in another layout, or unknown code in the model.
+        ValueError: for an unknown task, two of one name, a folder in another layout, unknown code in the model, or
+            texts longer than it takes.
         ConnectionError: for a task whose data are on the Hub, while it cannot be reached.
     """
     chosen = find_tasks(tasks, split)
@@ -80,9 +83,13 @@ def evaluate(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"The tasks {twice} are named twice, and results are kept by name.")
     root, commit = find_model(source, revision)
-    model = load_model(root, dtype, attn_implementation, device, trust_remote_code)
+    model = load_model(root, dtype, attn_implementation, max_seq_length, device, trust_remote_code)
     name = Path(source).resolve().name if Path(source).is_dir() else str(source)
-    settings = {"dtype": str(model.dtype).removeprefix("torch."), "attn_implementation": attention_of(model)}
+    settings = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": attention_of(model),
+        "max_seq_length": model.max_seq_length,
+    }
     encoder = PromptedEncoder(model, name, commit, settings)
     if not any(model.prompts.values()):
         logger.warning("%s has no prompts saved: all texts are encoded without.", source)
@@ -139,24 +146,33 @@ def load_model(
     root: Path,
     dtype: str | None = None,
     attn_implementation: str | None = None,
+    max_seq_length: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> SentenceTransformer:
     """Load a folder; its code runs if this package ships it, or if told to.
 
     Raises:
-        ValueError: for unknown code.
+        ValueError: for unknown code, or texts longer than the model takes.
     """
     code = has_code(root)
     if code and not trust_remote_code:
         demand_known_code(root)
     wanted = {"dtype": dtype, "attn_implementation": attn_implementation}
-    return SentenceTransformer(
+    model = SentenceTransformer(
         str(root),
         device=device,
         trust_remote_code=code or trust_remote_code,
         model_kwargs={key: value for key, value in wanted.items() if value},
     )
+    if max_seq_length is not None:
+        llm = model.transformers_model
+        positions = None if llm is None else getattr(llm.config.get_text_config(), "max_position_embeddings", None)
+        if max_seq_length < 1 or (positions and max_seq_length > positions):
+            valid = f"from 1 to {positions}, the LLM's positions" if positions else "1 or more"
+            raise ValueError(f"max_seq_length={max_seq_length} must be {valid}.")
+        model.max_seq_length = max_seq_length
+    return model
 
 
 def attention_of(model: SentenceTransformer) -> str:
@@ -169,9 +185,11 @@ def _table(results: Sequence[TaskResult], tasks: Sequence[AbsTask], encoder: Pro
     """The main figure of every task, and the means of each kind."""
     meta = encoder.mteb_model_meta
     settings = meta.experiment_kwargs
+    longest = settings["max_seq_length"]
     lines = [
-        f"{meta.name} ({meta.revision}), {settings['dtype']}, {settings['attn_implementation']} attention; "
-        f"st-llm-embed {__version__}, mteb {mteb.__version__}.",
+        f"{meta.name} ({meta.revision}), {settings['dtype']}, {settings['attn_implementation']} attention, texts of "
+        f"{f'at most {longest}' if longest else 'any number of'} tokens; st-llm-embed {__version__}, "
+        f"mteb {mteb.__version__}.",
         "",
         "| task | kind | figure | score | prompt |",
         "| --- | --- | --- | --- | --- |",

@@ -42,6 +42,7 @@ def parity(
     *,
     split: str = "test",
     batch_size: int = 32,
+    max_seq_length: int | None = None,
     device: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -50,7 +51,7 @@ def parity(
     attention on a GPU, in bfloat16), float32 and bfloat16.
 
     Args:
-        source, tasks, split, batch_size, device, revision, trust_remote_code: see ``evaluate``.
+        source, tasks, split, batch_size, max_seq_length, device, revision, trust_remote_code: see ``evaluate``.
 
     Raises:
         ValueError: as ``evaluate`` does.
@@ -58,7 +59,7 @@ def parity(
     root, commit = find_model(source, revision)
 
     def load(dtype: str, attention: str) -> SentenceTransformer:
-        return load_model(root, dtype, attention, device, trust_remote_code)
+        return load_model(root, dtype, attention, max_seq_length, device, trust_remote_code)
 
     model = load("float32", "sdpa")
     encoder = PromptedEncoder(model, str(source), commit)
