@@ -101,7 +101,8 @@ def cloze_pairs(folder: Path, count: int) -> Rows:
 
 
 def prepare_training(root: Path, target: Path, train: dict[str, list[str]], size: dict[str, Any]) -> None:
-    """``NAME-NEGATIVES.jsonl.gz`` of the sets with mined negatives; ``NAME.jsonl.gz`` of the classes."""
+    """``NAME-NEGATIVES.jsonl.gz`` of the sets with mined negatives, and of pairs without; ``NAME.jsonl.gz`` of the
+    classes."""
     teacher = SentenceTransformer(str(TEACHER))
     for kind, read_pairs in (("retrieval", retrieval_pairs), ("sts", sts_pairs)):
         for name in train[kind]:
