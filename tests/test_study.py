@@ -30,7 +30,7 @@ def test_the_study_runs_and_goes_on(tmp_path, shared):
     script("prepare", *where)
     ran = script("run", *where, "--seeds", "0", "1", "--rows", *ROWS)
     assert ran.count("seed 1") == len(ROWS) - 1  # BM25 has no seed
-    assert script("run", *where, "--rows", "reversed, longer, pairs").startswith("reversed, longer, pairs, seed 0")
+    assert "reversed, longer, pairs, seed 0" in script("run", *where, "--rows", "reversed, longer, pairs")
     scores = json.loads((tmp_path / "rows" / "two-stages-0.json").read_text())["scores"]
     assert len(scores) == 15 and all(0 <= score <= 1 for score in scores.values())
     # What is there is not run again, and stages that rows share were run once.
