@@ -76,7 +76,7 @@ def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: 
     stated = {key: value for key in ("language", "license") if (value := getattr(card, key))}
     file.write_text((head + heading + details).replace(PLACEHOLDER, card.model_id or PLACEHOLDER), encoding="utf-8")
     metadata = metadata_load(file) or {}
-    if metadata != {**metadata, **stated}:
+    if not stated.items() <= metadata.items():
         metadata_save(file, {**metadata, **stated})
 
 

@@ -1,6 +1,6 @@
 """One row's model, sealed, with a card that shows the study's table: after run.py and report.py.
 
-    python examples/study/card.py --data ../shared/data --output study --size cpu-long --row "reversed, longer"
+    python examples/study/card.py --data ../shared/data --output study --size cpu-long --row "reversed, longer, pairs"
 
 Writes ``OUTPUT/published``, which ``st-llm-embed publish`` takes as it is.
 """

@@ -51,16 +51,12 @@ def configuration(row: dict[str, Any], size: dict[str, Any], folders: tuple[Path
     source, prepared = folders
     of = {**STUDY["base"], **row}
     train = STUDY["sets"][size["sets"]]["train"]
-    mined = [*train["retrieval"], *train["sts"]]
-    data: dict[str, Any] = {
-        name: {
-            "read": "load_dataset",
-            "path": "json",
-            "data_files": str(prepared / f"{name}-{of['negatives']}.jsonl.gz"),
-            "split": "train",
-        }
-        for name in mined
-    }
+
+    def rows_of(name: str) -> dict[str, Any]:
+        file = prepared / f"{name}.jsonl.gz"
+        return {"read": "load_dataset", "path": "json", "data_files": str(file), "split": "train"}
+
+    data = {name: rows_of(f"{name}-{of['negatives']}") for name in [*train["retrieval"], *train["sts"]]}
     for name in train["nli"]:
         data[name] = {"read": "from_nli", "source": str(source / name / "train.jsonl.gz"), "label": "label_text"}
     for name in train["classes"]:
@@ -83,10 +79,7 @@ def configuration(row: dict[str, Any], size: dict[str, Any], folders: tuple[Path
         "max_characters": 300,
     }
     data[CLOZE] = {
-        "read": "load_dataset",
-        "path": "json",
-        "data_files": str(prepared / f"{TEXT}-none.jsonl.gz"),
-        "split": "train",
+        **rows_of(f"{TEXT}-none"),
         "instruction": "Given a sentence, find the paragraph that it was taken from",
     }
     stages = []
