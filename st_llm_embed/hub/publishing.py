@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 from st_llm_embed.card import finish_card, inherit_license
 from st_llm_embed.hub.checking import REFERENCE, check
 from st_llm_embed.hub.folders import (
+    PICKLES,
     demand_contained,
     demand_empty,
     demand_room,
@@ -165,6 +166,7 @@ def upload(
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message,
+            ignore_patterns=[*PICKLES],  # what a trainer left
             delete_patterns="*",  # an adapter or a shard of an earlier version would be loaded along
         )
     return commit.pr_url if create_pr else commit.commit_url
