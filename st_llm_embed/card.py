@@ -72,9 +72,7 @@ def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: 
     try:
         metadata_load(file)
     except (ValueError, YAMLError) as error:
-        logger.warning(
-            f"The metadata of the card that the model came with cannot be read, so it gets a new one: {error}"
-        )
+        logger.warning(f"The model's card has metadata that cannot be read, so it gets a new one. ({error})")
         file.write_text(generate_model_card(model), encoding="utf-8")
     head, heading, details = file.read_text(encoding="utf-8").partition(DETAILS)
     if HEADING not in head:

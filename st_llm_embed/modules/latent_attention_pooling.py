@@ -283,15 +283,7 @@ class LatentAttentionPooling(Module):
         where = {k: kwargs.get(k) for k in ("token", "cache_folder", "revision")}
         where["local_files_only"] = kwargs.get("local_files_only", False)
         config = cls.load_config(model_name_or_path, subfolder=subfolder, **where)
-        weights = cls.load_torch_weights(model_name_or_path, subfolder=subfolder, **where)
-        layer = cls(**config)
-        layer.load_state_dict(weights)
-        # In the precision that it was saved in; in a higher one where the caller asks the LLM for it.
-        chosen = kwargs.get("model_kwargs") or {}
-        chosen = chosen.get("dtype", chosen.get("torch_dtype"))
-        chosen = getattr(torch, chosen, None) if isinstance(chosen, str) else chosen  # None for "auto"
-        saved = weights["latents"].dtype
-        return layer.to(torch.promote_types(saved, chosen or saved))
+        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=cls(**config), **where)
 
 
 def _real_tokens(features: dict[str, Any]) -> tuple[Tensor, Tensor, int]:

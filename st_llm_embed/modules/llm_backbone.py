@@ -240,7 +240,7 @@ class LLMBackbone(Transformer):
         cut_left = bool(joined) and truncated and self.tokenizer.truncation_side == "left"
         changed: dict[str, Any] = {"return_offsets_mapping": True} if joined else {}
         if cut_left:
-            changed["truncation"] = False  # the tokenizer would cut the prompt
+            changed |= {"truncation": False, "max_length": None, "verbose": False}  # it would cut the prompt
         elif inserted and truncated:
             changed["max_length"] = max_length - inserted
         if inserted or cut_left:  # the batch is as wide as it shall be only after that
@@ -272,6 +272,10 @@ class LLMBackbone(Transformer):
             multiple = merged.get("pad_to_multiple_of") or 1
             _pad(features, -(-width // multiple) * multiple, self.tokenizer)
         return features
+
+    def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int:
+        """The host's count: as many tokens as the prompt alone has."""
+        return len(special_ids(self.tokenizer)[0]) + len(self._tokenize_once(prompt))
 
     def _should_flatten_inputs(self, *args: Any, **kwargs: Any) -> bool:
         """No: ``forward`` drops the padding itself, so that masks and pooling see one form of batch."""
