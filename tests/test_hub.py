@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, save_llm
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
@@ -111,16 +111,16 @@ def test_merged_and_adapter_forms_are_compared(llm, tmp_path, capsys):
     assert "gives other vectors" in capsys.readouterr().err
 
 
-def test_half_precision_is_published_as_it_is(llm, tmp_path):
-    model = build_model(llm, "nv-embed", num_latents=8).half()
+def test_half_precision_is_published_as_it_is(tmp_path):
+    model = build_model(save_llm(tmp_path / "llm", hidden_size=128), "nv-embed", num_latents=8).half()
     model.prompts = {}  # no prompt at all is one way to embed
     folder = save_sealed(model, tmp_path / "half")  # compares the vectors
     assert json.loads((folder / "reference.json").read_text())["dtype"] == "float16"
     assert check(folder, trust_remote_code=True).difference == 0
 
 
-def test_an_llm_cast_by_itself_is_told_of(llm, tmp_path):
-    model = build_model(llm, "last-token")
+def test_an_llm_cast_by_itself_is_told_of(tmp_path):
+    model = build_model(save_llm(tmp_path / "llm", hidden_size=128), "last-token")
     model[0].model.half()
     with pytest.raises(RuntimeError, match=r"Settings that differ: precision: casting the LLM .* model.half\(\)"):
         save_sealed(model, tmp_path / "half")
