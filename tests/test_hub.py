@@ -122,7 +122,7 @@ def test_half_precision_is_published_as_it_is(tmp_path):
 def test_an_llm_cast_by_itself_is_told_of(tmp_path):
     model = build_model(save_llm(tmp_path / "llm", hidden_size=128), "last-token")
     model[0].model.half()
-    with pytest.raises(RuntimeError, match=r"Settings that differ: precision: casting the LLM .* model.half\(\)"):
+    with pytest.raises(RuntimeError, match=r"Settings that differ: precision: casting the LLM .*model.half\(\)"):
         save_sealed(model, tmp_path / "half")
 
 

@@ -308,7 +308,7 @@ class LLMBackbone(Transformer):
         """Put the suffix after each row's text and before its EOS."""
         columns = torch.arange(features["input_ids"].shape[1], device=features["input_ids"].device)
         last = (columns * features["attention_mask"]).argmax(dim=1, keepdim=True)  # (batch, 1): the last real token
-        insert_at = last + 1 - after
+        insert_at = last + features["attention_mask"].amax(dim=1, keepdim=True) - after  # a row may have no token
         if self.add_eos == "nv-embed" and not after:
             insert_at -= (features["input_ids"].gather(1, last) == self.tokenizer.eos_token_id).long()
         _insert(features, suffix_ids, insert_at, instruction=0)
@@ -369,13 +369,15 @@ class LLMBackbone(Transformer):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> LLMBackbone:
         # NOTE: .half() would round what the LLM computes from its config (rotary frequencies), which is not saved,
         # and which loading in half precision leaves exact.
-        saved = self.model.state_dict().keys()
-        computed = {name: buffer for name, buffer in self.model.named_buffers() if name not in saved}
+        computed = [
+            (part, name, getattr(part, name))
+            for part in self.model.modules()
+            for name in part._non_persistent_buffers_set
+        ]
         super()._apply(fn, *args, **kwargs)
-        for name, exact in computed.items():
-            if (buffer := self.model.get_buffer(name)).dtype != exact.dtype:
-                owner, _, attribute = name.rpartition(".")
-                setattr(self.model.get_submodule(owner), attribute, exact.to(buffer.device))
+        for part, name, exact in computed:
+            if exact is not None and exact.dtype != getattr(part, name).dtype:
+                setattr(part, name, exact.to(getattr(part, name).device))
         return self
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
