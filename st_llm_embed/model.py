@@ -20,6 +20,7 @@ from tokenizers import AddedToken
 
 from st_llm_embed.gguf import unpack_gguf
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling
+from st_llm_embed.modules.llm_backbone import drop_text_end
 from st_llm_embed.tasks import (
     EBAE_PROMPT,
     EBAR_PROMPT,
@@ -111,6 +112,8 @@ def build_model(
     arguments = {**chosen.defaults, **overrides}
     backbone = _load_backbone(base, {k: v for k, v in arguments.items() if k in backbone_names})
     added_ids = _add_tokens(backbone, chosen.added_tokens)
+    if added_ids and not backbone.add_eos:  # the recipe pools the last ones, which its prompts end in
+        drop_text_end(backbone.tokenizer)
     pooling = chosen.pooling(
         backbone.get_embedding_dimension(), **{k: v for k, v in arguments.items() if k in pooling_names}
     )

@@ -253,13 +253,14 @@ def _in_batch(task: Task, args: LLMEmbedTrainingArguments) -> bool:
 
 
 def _check_pooling(model: SentenceTransformer, args: LLMEmbedTrainingArguments) -> None:
-    """The host's pooling leaves one prompt out of a whole batch: with several it would pool them without a word."""
+    """Without an LLMBackbone, the host's pooling leaves one prompt out of a whole batch: with several it would pool
+    them without a word."""
     several = len({frozenset(prompts.items()) for prompts in args.prompts.values()}) > 1
     if args.blended and several and leaves_out_one_prompt(model):
         raise ValueError(
             "blended=True puts rows of different prompts into a batch, and Pooling(include_prompt=False) can leave "
             "out only one prompt for all of them. Set blended=False, pool the prompts too "
-            "(model.set_pooling_include_prompt(True)), or use LatentAttentionPooling (recipe 'nv-embed')."
+            "(model.set_pooling_include_prompt(True)), or make the model with build_model."
         )
 
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, save_llm
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
@@ -109,6 +109,21 @@ def test_merged_and_adapter_forms_are_compared(llm, tmp_path, capsys):
     base = save_sealed(build_model(llm, "last-token"), tmp_path / "base")
     assert main(["check", str(base), "--against", str(adapter)]) == 2
     assert "gives other vectors" in capsys.readouterr().err
+
+
+def test_half_precision_is_published_as_it_is(tmp_path):
+    model = build_model(save_llm(tmp_path / "llm", hidden_size=128), "nv-embed", num_latents=8).half()
+    model.prompts = {}  # no prompt at all is one way to embed
+    folder = save_sealed(model, tmp_path / "half")  # compares the vectors
+    assert json.loads((folder / "reference.json").read_text())["dtype"] == "float16"
+    assert check(folder, trust_remote_code=True).difference == 0
+
+
+def test_an_llm_cast_by_itself_is_told_of(tmp_path):
+    model = build_model(save_llm(tmp_path / "llm", hidden_size=128), "last-token")
+    model[0].model.half()
+    with pytest.raises(RuntimeError, match=r"Settings that differ: precision: casting the LLM .*model.half\(\)"):
+        save_sealed(model, tmp_path / "half")
 
 
 def test_merging_changes_no_embedding_and_leaves_the_model(llm):

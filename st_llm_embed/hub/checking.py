@@ -95,6 +95,11 @@ def check(
     if not difference <= tolerance:
         causes = differing_settings(expected, found)
         causes |= {"prompts": "others"} if expected["prompts"] != found["prompts"] else {}
+        if not causes and expected["dtype"] in ("float16", "bfloat16"):
+            causes["precision"] = (
+                "casting the LLM by itself also rounds what it computes from its config, such as rotary frequencies; "
+                "cast the whole model (model.half(), model.bfloat16()) or load it with model_kwargs={'dtype': ...}"
+            )
         listed = "; ".join(f"{setting}: {change}" for setting, change in causes.items())
         raise RuntimeError(
             f"{source} gives other vectors in a fresh process: they differ by {difference:.1e} under the prompt "

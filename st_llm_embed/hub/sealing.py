@@ -18,6 +18,7 @@ import re
 import shutil
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from st_llm_embed.hub.folders import STOCK, demand_contained, read_json, write_json
@@ -79,9 +80,10 @@ def seal(folder: str | Path) -> None:
 def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
     """Would sentence-transformers' own Transformer do what the saved LLMBackbone does?
 
-    The mode is in config.json and EOS in tokenizer.json. What stock lacks is the part of a prompt after the text, and
-    the exact instruction mask, which only a pooling that leaves the prompt out reads. An adapter alone comes with its
-    base model's config.json, which knows nothing of the mode: it is stock only where the LLM is left as it was.
+    The mode is in config.json and EOS in tokenizer.json. What stock lacks is the part of a prompt after the text, the
+    exact instruction mask, which only a pooling that leaves the prompt out reads, a token for an empty text where the
+    tokenizer gives none, and truncation on the left that spares the prompt. An adapter alone comes with its base
+    model's config.json, which knows nothing of the mode: it is stock only where the LLM is left as it was.
     """
     backbone, *others = modules
     if backbone["type"].rpartition(".")[2] != BACKBONE:
@@ -96,6 +98,8 @@ def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
         as_configured
         and all(entry["type"].startswith(STOCK) for entry in others)
         and settings["add_eos"] != "nv-embed"
+        and read_json(root / "tokenizer_config.json").get("truncation_side") != "left"
+        and Tokenizer.from_file(str(root / "tokenizer.json")).num_special_tokens_to_add(False) > 0
         and not any("{text}" in prompt for prompt in prompts.values())
         and all(read_json(config).get("include_prompt", True) for config in root.glob("[0-9]*_*/config.json"))
     )
