@@ -39,6 +39,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .attention_mode import attending, set_attention_mode
+from .first_layers import keep_first_layers
 from .reference import warn_if_changed
 from .text_pooling import pool_text
 
@@ -79,7 +80,7 @@ class LLMBackbone(Transformer):
 
     Raises:
         ValueError: for an unknown mode, a model that is not a decoder-only LLM or cannot take the mode, a tokenizer
-            without EOS or without character offsets, or ``num_layers`` outside 1..depth.
+            without EOS or without character offsets, or ``num_layers`` outside 1..depth or not to be had of this LLM.
     """
 
     config_keys = [
@@ -113,18 +114,16 @@ class LLMBackbone(Transformer):
             )
         if add_eos not in (True, False, "nv-embed"):
             raise ValueError(f"add_eos={add_eos!r} is unknown. Valid values: True, False, 'nv-embed'.")
+        self.num_layers = num_layers  # before the LLM is loaded, which is cut before it gets an adapter
         super().__init__(model_name_or_path, **kwargs)
         self.attention = attention
         self.window = window or ("keep" if attention == "causal" else "full")
         self.add_eos = add_eos
         self.instruction_mask = instruction_mask
         self.probe = probe
-        self.num_layers = num_layers
         self._reference: tuple[str, bool] | None = None  # the file, and whether the caller chose another dtype
         self._part_ids: dict[str, list[int]] = {}
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
-        if num_layers is not None:
-            keep_first_layers(self.model, num_layers)
         set_attention_mode(self.model, attention, self.window, probe)
         self._set_special_tokens()
 
@@ -138,7 +137,13 @@ class LLMBackbone(Transformer):
         **model_kwargs: Any,
     ) -> PreTrainedModel:
         """Load the LLM. Where an adapter came with more embeddings than its base has, the base gets room first."""
-        load = super()._load_model
+
+        def load(*arguments: Any, **named: Any) -> PreTrainedModel:
+            llm = super(LLMBackbone, self)._load_model(*arguments, **named)
+            if self.num_layers is not None:
+                keep_first_layers(llm, self.num_layers)
+            return llm
+
         if not is_peft_model:
             return load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
         where = {key: model_kwargs[key] for key in HUB_ARGUMENTS & set(model_kwargs)}
@@ -556,32 +561,3 @@ def _exact_instruction_mask(offsets: Tensor, features: dict[str, Any], prefix_le
     # Up to and including the last such token: BOS has no characters of its own, and neither has EOS after it.
     up_to_last = inside.long().flip(1).cummax(dim=1).values.flip(1)
     return up_to_last * features["attention_mask"]
-
-
-def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
-    """Cut the LLM to its first ``num_layers`` layers; embeddings and the final norm stay.
-
-    Raises:
-        ValueError: if ``num_layers`` is outside 1..depth.
-    """
-    config = model.config.get_text_config()
-    depth = config.num_hidden_layers
-    if not 1 <= num_layers <= depth:
-        raise ValueError(f"num_layers={num_layers} is outside 1..{depth}, the depth of {config.model_type!r}.")
-    del _decoder_layers(model)[num_layers:]
-    config.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:num_layers]
-
-
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The LLM's list of layers.
-
-    Raises:
-        ValueError: if the model has no list of as many modules as its config says it has layers.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ValueError(f"{model.config.model_type!r} has no list of {depth} layers, so it cannot be cut.")
