@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from st_llm_embed.gguf import unpack_gguf
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling
-from st_llm_embed.modules.llm_backbone import demand_peft
+from st_llm_embed.modules.adapters import demand_peft
 from st_llm_embed.tasks import (
     EBAE_PROMPT,
     EBAR_PROMPT,

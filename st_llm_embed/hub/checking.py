@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.hub.folders import PICKLES, STOCK, demand_contained, has_code, read_json
 from st_llm_embed.modules import reference
-from st_llm_embed.modules.llm_backbone import ADAPTER_CONFIG, OWN_BASE
+from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import TEXTS, differing_settings, take_reference
 
 REFERENCE = "reference.json"
@@ -150,7 +150,7 @@ def _base_folder(root: Path, base: str) -> Path:
     """Where the configuration of an adapter's base is: of one on the Hub, that much is downloaded."""
     if base == OWN_BASE:
         return root / base
-    if Path(base).is_dir():
+    if Path(base).is_dir() or Path(base).is_absolute():
         return Path(base)
     revision = read_json(root / ADAPTER_CONFIG).get("revision")
     return Path(snapshot_download(base, revision=revision, allow_patterns="*.json"))

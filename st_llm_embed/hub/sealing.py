@@ -21,6 +21,7 @@ from pathlib import Path
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from st_llm_embed.hub.folders import STOCK, demand_contained, read_json, write_json
+from st_llm_embed.modules.adapters import ADAPTER_CONFIG
 from st_llm_embed.modules.llm_backbone import REQUIREMENTS
 
 BACKBONE = "LLMBackbone"
@@ -85,7 +86,7 @@ def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
     nor all tensors nor added tokens.
     """
     backbone, *others = modules
-    if backbone["type"].rpartition(".")[2] != BACKBONE or (root / "adapter_config.json").is_file():
+    if backbone["type"].rpartition(".")[2] != BACKBONE or (root / ADAPTER_CONFIG).is_file():
         return False
     prompts = read_json(root / "config_sentence_transformers.json")["prompts"]
     settings = read_json(root / "sentence_bert_config.json")

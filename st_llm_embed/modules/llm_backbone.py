@@ -19,25 +19,26 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import re
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.peft import MIN_PEFT_VERSION
-from transformers.utils import cached_file, check_peft_version, is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .adapters import (
+    demand_peft,
+    find_base,
+    load_adapter,
+    save_lost_base,
+    split_hub_arguments,
+)
 from .attention_mode import attending, set_attention_mode
 from .reference import warn_if_changed
 
@@ -46,11 +47,6 @@ REQUIREMENTS = {
     "sentence-transformers": {"specifier": ">=6.0", "reason": "the module interface that the saved files use"},
     "transformers": {"specifier": ">=5.2", "reason": "older versions ignore is_causal=false and attend causally"},
 }
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_PREFIX = "base_model.model."
-OWN_BASE = "./base"  # an adapter's base that is saved beside it, in this subfolder
-HUB_ARGUMENTS = {"cache_dir", "token", "revision", "subfolder", "local_files_only"}
 TEXT = "{text}"
 INSTRUCTION_MASKS = ("exact", "nv-embed")
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -112,13 +108,13 @@ class LLMBackbone(Transformer):
             )
         if add_eos not in (True, False, "nv-embed"):
             raise ValueError(f"add_eos={add_eos!r} is unknown. Valid values: True, False, 'nv-embed'.")
+        self.num_layers = num_layers  # before the LLM is loaded: an adapter may have been made for all layers
         super().__init__(model_name_or_path, **kwargs)
         self.attention = attention
         self.window = window or ("keep" if attention == "causal" else "full")
         self.add_eos = add_eos
         self.instruction_mask = instruction_mask
         self.probe = probe
-        self.num_layers = num_layers
         self._reference: tuple[str, bool] | None = None  # the file, and whether the caller chose another dtype
         self._part_ids: dict[str, list[int]] = {}
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
@@ -133,11 +129,11 @@ class LLMBackbone(Transformer):
         self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]
     ) -> tuple[PretrainedConfig, bool]:
         """The LLM's configuration; an adapter's is that of its base."""
-        where, others = _split_hub_arguments(config_kwargs)
+        where, others = split_hub_arguments(config_kwargs)
         if backend != "torch" or find_adapter_config_file(model_name_or_path, **where) is None:
             return super()._load_config(model_name_or_path, backend, config_kwargs)
         demand_peft()
-        base, base_where = _find_base(model_name_or_path, where)
+        base, base_where = find_base(model_name_or_path, where)
         return AutoConfig.from_pretrained(base, **others, **base_where), True
 
     def _load_model(
@@ -153,18 +149,15 @@ class LLMBackbone(Transformer):
         load = super()._load_model
         if not is_peft_model:
             return load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
-        where, others = _split_hub_arguments(model_kwargs)
-        base, base_where = _find_base(model_name_or_path, where)
+        where, others = split_hub_arguments(model_kwargs)
+        base, base_where = find_base(model_name_or_path, where)
         # NOTE: of an adapter, sentence-transformers 6.2 drops the revision, and transformers then takes main's.
         # Told where to look for an adapter of the base's own, lest it finds this one above a base in a subfolder.
         others["adapter_kwargs"] = base_where
         model = load(base, transformer_task, config, backend, False, **others, **base_where)
         if base == model_name_or_path:
             model.name_or_path = ""  # the next adapter cannot find it there
-        weights = cached_file(model_name_or_path, ADAPTER_WEIGHTS, **where)
-        _make_room(model, weights)
-        report = model.load_adapter(model_name_or_path, adapter_kwargs=where)
-        _take_all_tensors(model, weights, report)
+        load_adapter(model, model_name_or_path, where, self.num_layers)
         return model
 
     def _set_special_tokens(self) -> None:
@@ -351,7 +344,7 @@ class LLMBackbone(Transformer):
         """Write it; of an LLM with an adapter only that, and the LLM besides where the adapter could not name it."""
         super().save(output_path, *args, **kwargs)
         if self._has_adapter():
-            _save_lost_base(self.model, Path(output_path))
+            save_lost_base(self.model, Path(output_path))
         # NOTE: sentence-transformers checks the requirements of what it loads, and drops them from what it saves. It
         # writes this file before its first module.
         file = Path(output_path) / "config_sentence_transformers.json"
@@ -382,112 +375,6 @@ class LLMBackbone(Transformer):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("Transformer", type(self).__name__, 1)
-
-
-def demand_peft() -> None:
-    """Check, before the work, that adapters work here.
-
-    Raises:
-        ImportError: if peft is missing, or older than the installed transformers takes.
-    """
-    try:
-        check_peft_version(MIN_PEFT_VERSION)
-    except ValueError as error:
-        found = f"peft {version('peft')}" if is_peft_available() else "no peft"
-        minor = ".".join(transformers.__version__.split(".")[:2])
-        raise ImportError(
-            f"Adapters need peft {MIN_PEFT_VERSION} or later with transformers {transformers.__version__}, and {found} "
-            f"is installed. Fix: pip install 'peft>={MIN_PEFT_VERSION}'; or, where there is no such peft yet, an older "
-            f"transformers: pip install 'transformers<{minor}'."
-        ) from error
-
-
-def _split_hub_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those that say where on the Hub something is, and the others."""
-    where = {key: arguments[key] for key in HUB_ARGUMENTS & set(arguments)}
-    return where, {key: value for key, value in arguments.items() if key not in where}
-
-
-def _find_base(adapter: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """An adapter's base, and where on the Hub it is: the adapter's revision and subfolder are not its."""
-    # Not peft's own reader: a model without an adapter shall not need peft.
-    saved = json.loads(Path(find_adapter_config_file(adapter, **where)).read_text(encoding="utf-8"))
-    base = saved["base_model_name_or_path"]
-    if base == OWN_BASE:
-        return adapter, {**where, "subfolder": str(Path(where.get("subfolder") or "", base).as_posix())}
-    return base, {**where, "revision": saved.get("revision"), "subfolder": ""}
-
-
-def _make_room(model: PreTrainedModel, adapter_weights: str) -> None:
-    """Give the LLM as many input embeddings as were saved beside the adapter, which brings their values."""
-    embeddings = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embeddings)
-    # Bare, or within what an adapter put around them.
-    pattern = rf"(.*\.)?{re.escape(name)}(\.token_adapter)?(\.base_layer)?\.weight"
-    with safe_open(adapter_weights, framework="pt") as tensors:
-        saved = [tensors.get_slice(key).get_shape()[0] for key in tensors.keys() if re.fullmatch(pattern, key)]
-    if saved and saved[0] != embeddings.num_embeddings:
-        model.resize_token_embeddings(saved[0], mean_resizing=False)
-
-
-def _take_all_tensors(model: PreTrainedModel, adapter_weights: str, report: Any) -> None:
-    """Give the LLM every tensor of an adapter's file, LoRA in the precision that it was saved in.
-
-    NOTE: transformers 5.23 leaves out without a word DoRA's magnitudes, trained tokens, and what it takes for weights
-    under an older name.
-
-    Args:
-        model: the LLM after ``load_adapter``.
-        adapter_weights: the file.
-        report: what ``load_adapter`` gave.
-
-    Raises:
-        ValueError: naming tensors that the LLM has no place for.
-    """
-    (config,) = model.peft_config.values()
-    base, config.base_model_name_or_path = config.base_model_name_or_path, None  # else peft looks for it on the Hub
-    parameters = model.state_dict(keep_vars=True)
-    places = {**parameters, **model.get_adapter_state_dict(state_dict=parameters)}
-    config.base_model_name_or_path = base
-    left_out = []
-    with safe_open(adapter_weights, framework="pt") as tensors:
-        names = {name: name.removeprefix(ADAPTER_PREFIX) for name in tensors.keys()}
-        # An LLM with a head has its other weights under a prefix, and its head's are of no use here.
-        prefix = f"{model.base_model_prefix}."
-        if not any(name in places for name in names.values()):
-            names = {key: name.removeprefix(prefix) for key, name in names.items() if name.startswith(prefix)}
-        for key, name in names.items():
-            tensor, place = tensors.get_tensor(key), places.get(name)
-            if place is None or place.shape != tensor.shape:
-                left_out.append(name)
-            else:
-                place.data = tensor.to(place.device, tensor.dtype if ".lora_" in name else place.dtype)
-    # Experts that were saved one by one have been taken together.
-    if left_out and getattr(report, "unexpected_keys", left_out):
-        raise ValueError(
-            f"The adapter holds {len(left_out)} of {len(names)} tensors that {model.config.model_type!r} has no place "
-            f"for: {left_out[:5]}. It was made for another LLM than {base!r}, or by other versions of transformers "
-            "and peft; load it with those, and merge it."
-        )
-
-
-def _save_lost_base(model: PreTrainedModel, folder: Path) -> None:
-    """Write the LLM beside its adapter where the adapter could not find it again: read from a GGUF file, or from a
-    folder that is gone."""
-    file = folder / ADAPTER_CONFIG
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    base = saved["base_model_name_or_path"]
-    if base and base != OWN_BASE and (Path(base).is_dir() or not Path(base).is_absolute()):
-        return
-    logger.warning(f"The adapter's base cannot be found at {base!r}, so it is saved too, in {folder / OWN_BASE}.")
-    with torch.device("meta"):  # the weights are assigned below
-        plain = type(model)(model.config)
-    wrappers = r"\.(base_layer|original_module|token_adapter)(?=\.)"
-    weights = {re.sub(wrappers, "", name): tensor for name, tensor in model.state_dict().items()}
-    plain.load_state_dict({name: weights[name] for name in plain.state_dict()}, assign=True)
-    plain.tie_weights()
-    plain.save_pretrained(folder / OWN_BASE)
-    file.write_text(json.dumps({**saved, "base_model_name_or_path": OWN_BASE}, indent=2), encoding="utf-8")
 
 
 def _append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
