@@ -20,13 +20,11 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -35,9 +33,15 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import LARGE_INTEGER
-from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .adapters import (
+    demand_peft,
+    find_base,
+    load_adapter,
+    save_lost_base,
+    split_hub_arguments,
+)
 from .attention_mode import attending, set_attention_mode
 from .first_layers import keep_first_layers
 from .reference import warn_if_changed
@@ -48,9 +52,6 @@ REQUIREMENTS = {
     "sentence-transformers": {"specifier": ">=6.0", "reason": "the module interface that the saved files use"},
     "transformers": {"specifier": ">=5.2", "reason": "older versions ignore is_causal=false and attend causally"},
 }
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-TRAINED_TOKENS = "trainable_tokens_delta"
-HUB_ARGUMENTS = {"cache_dir", "token", "revision", "subfolder", "local_files_only"}
 TEXT = "{text}"
 INSTRUCTION_MASKS = ("exact", "nv-embed")
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -126,6 +127,19 @@ class LLMBackbone(Transformer):
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         set_attention_mode(self.model, attention, self.window, probe)
         self._set_special_tokens()
+        if (base := self.model.name_or_path) and Path(base).is_dir():
+            self.model.name_or_path = str(Path(base).resolve())  # an adapter shall find it from anywhere
+
+    def _load_config(
+        self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]
+    ) -> tuple[PretrainedConfig, bool]:
+        """The LLM's configuration; an adapter's is that of its base."""
+        where, others = split_hub_arguments(config_kwargs)
+        if backend != "torch" or find_adapter_config_file(model_name_or_path, **where) is None:
+            return super()._load_config(model_name_or_path, backend, config_kwargs)
+        demand_peft()
+        base, base_where = find_base(model_name_or_path, where)
+        return AutoConfig.from_pretrained(base, **others, **base_where), True
 
     def _load_model(
         self,
@@ -136,7 +150,7 @@ class LLMBackbone(Transformer):
         is_peft_model: bool,
         **model_kwargs: Any,
     ) -> PreTrainedModel:
-        """Load the LLM. Where an adapter came with more embeddings than its base has, the base gets room first."""
+        """Load the LLM; an adapter after its base, which gets room first where the adapter brings more embeddings."""
 
         def load(*arguments: Any, **named: Any) -> PreTrainedModel:
             llm = super(LLMBackbone, self)._load_model(*arguments, **named)
@@ -146,22 +160,15 @@ class LLMBackbone(Transformer):
 
         if not is_peft_model:
             return load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
-        where = {key: model_kwargs[key] for key in HUB_ARGUMENTS & set(model_kwargs)}
-        # Not peft's own reader: a model without an adapter shall not need peft.
-        adapter = json.loads(Path(find_adapter_config_file(model_name_or_path, **where)).read_text(encoding="utf-8"))
-        base = adapter["base_model_name_or_path"]
-        if not isinstance(config, PretrainedConfig):  # sentence-transformers 6.0 gives the adapter's
-            config = AutoConfig.from_pretrained(base, token=where.get("token"))
-        known = config.get_text_config().vocab_size
-        weights = cached_file(model_name_or_path, ADAPTER_WEIGHTS, **where)
-        rows = _saved_embeddings(weights, known)
-        if rows == known:
-            model = load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
-        else:
-            model = load(base, transformer_task, config, backend, is_peft_model, **model_kwargs)
-            model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter brings their values
-            model.load_adapter(model_name_or_path, adapter_kwargs=where)
-        _load_trained_tokens(model, weights)
+        where, others = split_hub_arguments(model_kwargs)
+        base, base_where = find_base(model_name_or_path, where)
+        # NOTE: of an adapter, sentence-transformers 6.2 drops the revision, and transformers then takes main's.
+        # Told where to look for an adapter of the base's own, lest it finds this one above a base in a subfolder.
+        others["adapter_kwargs"] = base_where
+        model = load(base, transformer_task, config, backend, False, **others, **base_where)
+        if base == model_name_or_path:
+            model.name_or_path = ""  # the next adapter cannot find it there
+        load_adapter(model, model_name_or_path, where, self.num_layers)
         return model
 
     def _set_special_tokens(self) -> None:
@@ -385,7 +392,19 @@ class LLMBackbone(Transformer):
                 setattr(part, name, exact.to(getattr(part, name).device))
         return self
 
+    def get_config_dict(self) -> dict[str, Any]:
+        config = super().get_config_dict()
+        if self._has_adapter() and not getattr(self.model, "is_quantized", False):
+            # An adapter's base would come back in the precision of its own files.
+            dtype = str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+            config["model_kwargs"] = {"dtype": dtype}
+        return config
+
+    def _has_adapter(self) -> bool:
+        return getattr(self.model, "_hf_peft_config_loaded", False)
+
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write it; of an LLM with an adapter only that, and the LLM besides where the adapter could not name it."""
         super().save(output_path, *args, **kwargs)
         # NOTE: some tokenizer classes (GPTNeoXTokenizer, CodeLlamaTokenizer) build themselves anew where they are
         # loaded, and lose the EOS that is in tokenizer.json. The plain class reads all of it from there.
@@ -394,6 +413,8 @@ class LLMBackbone(Transformer):
         tokenizer["tokenizer_class"] = "TokenizersBackend"
         config = json.loads(file.read_text(encoding="utf-8")) | tokenizer
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self._has_adapter():
+            save_lost_base(self.model, Path(output_path))
         # NOTE: sentence-transformers checks the requirements of what it loads, and drops them from what it saves. It
         # writes this file before its first module.
         file = Path(output_path) / "config_sentence_transformers.json"
@@ -429,24 +450,6 @@ class LLMBackbone(Transformer):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("Transformer", type(self).__name__, 1)
-
-
-def _saved_embeddings(adapter_weights: str, known: int) -> int:
-    """How many rows the input embeddings have that peft saved beside an adapter: ``known`` where it saved none."""
-    with safe_open(adapter_weights, framework="pt") as tensors:
-        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-    return max(
-        (shape[0] for name, shape in shapes.items() if re.search(r"(embed|wte).*\.weight$", name)), default=known
-    )
-
-
-def _load_trained_tokens(model: PreTrainedModel, adapter_weights: str) -> None:
-    """The embeddings of the tokens that an adapter trains: transformers 5.17 leaves them out without a word."""
-    with safe_open(adapter_weights, framework="pt") as tensors:
-        saved = [tensors.get_tensor(name) for name in tensors.keys() if name.endswith(TRAINED_TOKENS)]
-    loaded = [parameter for name, parameter in model.named_parameters() if TRAINED_TOKENS in name]
-    for parameter, tensor in zip(loaded, saved, strict=True):
-        parameter.data.copy_(tensor)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
