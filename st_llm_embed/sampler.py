@@ -138,7 +138,7 @@ class TaskBatchSampler(Sampler[list[int]]):
         temperature: 1 for shares by size, larger for more even ones.
         seed: of the order.
 
-    A task with fewer rows than a step takes gives smaller steps, and so many more of them; a step that cannot be filled
+    A task with fewer rows than a step takes gives smaller steps, and the more of them; a step that cannot be filled
     without repeating a text is smaller too.
 
     Raises:
@@ -191,12 +191,14 @@ class TaskBatchSampler(Sampler[list[int]]):
             found = sum(order.next_row() is not None for _ in range(wanted))
             if found < wanted:
                 raise ValueError(
-                    f"Task {source.name!r} has too few different texts for a step of {wanted} rows without repetition: "
-                    f"{found} rows go together. Lower the batch size, or turn its in-batch negatives off: "
+                    f"Task {source.name!r} has too few different texts for a step of {wanted} rows without "
+                    f"repetition: {found} rows go together. Lower the batch size, or turn its in-batch negatives off: "
                     f"Task({source.name!r}, ..., in_batch_negatives=False)."
                 )
             steps = self.steps if self.blended else max(1, round(self._steps_of[number]))
-            left_out = max(int((np.unique(column, return_counts=True)[1] - steps).clip(0).sum()) for column in texts.T[:2])
+            left_out = max(
+                int((np.unique(column, return_counts=True)[1] - steps).clip(0).sum()) for column in texts.T[:2]
+            )
             if left_out:
                 logger.warning(
                     f"Task {source.name!r}: of rows with the same anchor or positive, a step takes one. An epoch has "

@@ -157,8 +157,8 @@ def _spelled(name: str) -> str:
 
 
 def prompt_of(names: Iterable[str], model_prompts: Mapping[str, str], default_prompt_name: str | None) -> str:
-    """What ``encode_query`` (of ``QUERY``), ``encode_document`` (of ``DOCUMENT``) or ``encode`` puts before a text: the
-    first of these prompts that the model has, even an empty one, or else its default; "" for none."""
+    """What ``encode_query`` (of ``QUERY``) and ``encode_document`` (of ``DOCUMENT``) put before a text: the first of
+    these prompts that the model has, even an empty one, or else its default; "" for none."""
     return model_prompts.get(next((name for name in names if name in model_prompts), default_prompt_name)) or ""
 
 
