@@ -35,6 +35,7 @@ from transformers import set_seed
 
 from st_llm_embed.card import record_training
 from st_llm_embed.data import (
+    check_pretext_columns,
     consecutive_texts,
     from_beir,
     from_class_examples,
@@ -120,6 +121,7 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
     if int(os.environ.get("RANK", 0)) == 0:
         _claim(output, settings)
     seed = settings.get("seed", 0)
+    arguments = _arguments(stages, data, {"report_to": [], "seed": seed, **settings.get("arguments", {})})
     model, done = None, []
     for number, stage in enumerate(stages, 1):
         done.append(_card_row(stage, data, settings.get("arguments", {})))
@@ -129,8 +131,7 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
                 set_seed(seed)
                 model = _begin(settings["model"], last)
             set_seed(seed + number)  # adapters' dropout, and nothing else, depends on it
-            arguments = {"report_to": [], "seed": seed, **settings.get("arguments", {}), **stage.arguments}
-            trainer = _trainer(stage, model, data, LLMEmbedTrainingArguments(str(folder), **arguments))
+            trainer = _trainer(stage, model, data, LLMEmbedTrainingArguments(str(folder), **arguments[number - 1]))
             trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
             with trainer.whole_model() as whole:
                 if trainer.is_world_process_zero():
@@ -213,7 +214,9 @@ def _read_data(name: str, how: dict[str, Any]) -> Dataset | IterableDataset | tu
     reader = how.pop("read", None)
     if reader == PRETEXT:
         documents = load_rows(how.pop("documents"), streaming=True)
-        return consecutive_texts(documents, _split(how.pop("split", None)), **how)
+        rows = consecutive_texts(documents, _split(how.pop("split", None)), **how)
+        check_pretext_columns(rows, name)
+        return rows
     if reader not in READERS:
         raise ValueError(
             f"Data set {name!r} has read={reader!r}. Valid: {', '.join([PRETEXT, *READERS])}, of st_llm_embed.data "
@@ -232,6 +235,19 @@ def _split(name: str | int | None) -> Callable[[str], list[str]]:
     if name not in known:
         raise ValueError(f"split={name!r} is unknown. Valid: paragraphs, sentences, or a number of characters.")
     return known[name]
+
+
+def _arguments(stages: list[Stage], data: Mapping[str, Any], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each stage: its own arguments, and those of the shared ones that are not for other stages only."""
+    merged = [{**shared, **stage.arguments} for stage in stages]
+    tasks = [[of[1] for of in map(data.get, stage.data) if isinstance(of, tuple)] or None for stage in stages]
+    idle = [LLMEmbedTrainingArguments("unused", **own).idle(of, False) for own, of in zip(merged, tasks, strict=True)]
+    for stage, own, of, without_effect in zip(stages, merged, tasks, idle, strict=True):
+        for name in set(without_effect) & set(own) - set(stage.arguments):
+            if not all(name in others for others in idle):
+                del own[name]
+        LLMEmbedTrainingArguments("unused", **own).demand_effect(of, False)
+    return merged
 
 
 def _trainer(
