@@ -29,7 +29,7 @@ from st_llm_embed.convert.checkpoint import (
     write_card,
     write_modules,
 )
-from st_llm_embed.hub import demand_empty, seal, written_beside
+from st_llm_embed.hub import demand_empty, demand_room, seal, written_beside
 from st_llm_embed.hub.folders import read_json, write_json
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone
 
@@ -75,6 +75,7 @@ def convert_nv_embed(source: str | Path, output: str | Path) -> Path:
 
     Raises:
         FileExistsError: if ``output`` holds something.
+        OSError: if ``output`` cannot be written, or its disk has no room for the model.
         FileNotFoundError: if files of the checkpoint are missing, as after half a download.
         ValueError: if it is not an NV-Embed checkpoint, or a tensor is unknown, missing, or of
             another shape than the configuration says.
@@ -87,6 +88,7 @@ def convert_nv_embed(source: str | Path, output: str | Path) -> Path:
     shards = find_shards(root)
     text_config, latent = _llm_config(settings), _latent_arguments(settings)
     check_tensors(shards, _expected_tensors(text_config, latent), _new_name)
+    demand_room(target, sum(shard.stat().st_size for shard in shards))
     with written_beside(target) as staged:
         staged.mkdir()
         text_config.dtype = _copy_tensors(shards, staged, staged / "1_LatentAttentionPooling")
