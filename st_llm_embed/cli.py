@@ -19,9 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("st-llm-embed: interrupted; nothing was left half-written.", file=sys.stderr)
         return 130
     except Exception as error:
+        from pickle import UnpicklingError  # weights that would run code
+
         from safetensors import SafetensorError  # a full disk, or a file that is cut off
 
-        if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, SafetensorError)):
+        expected = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, SafetensorError, UnpicklingError)
+        if not isinstance(error, expected):
             raise
         print(f"st-llm-embed: error: {error}", file=sys.stderr)
         return 2
@@ -218,8 +221,9 @@ def _architectures(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from st_llm_embed.convert import convert_llara, convert_nv_embed
     from st_llm_embed.convert.checkpoint import local_checkpoint
-    from st_llm_embed.hub.folders import read_json
+    from st_llm_embed.hub.folders import demand_empty, read_json
 
+    demand_empty(Path(arguments.output).resolve())
     nv_embed = read_json(local_checkpoint(arguments.source) / "config.json").get("model_type") == "nvembed"
     folder = (convert_nv_embed if nv_embed else convert_llara)(arguments.source, arguments.output)
     licence = " Its weights are licensed under CC-BY-NC-4.0: no commercial use." if nv_embed else ""
