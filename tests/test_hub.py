@@ -157,6 +157,7 @@ def test_merging_trained_tokens(llm):
 
 def test_a_trainers_checkpoint_is_not_sealed(llm, tmp_path):
     build_model(llm, "mean").save_pretrained(str(tmp_path / "checkpoint-12"))
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("{}")  # which tells it from a name
     before = (tmp_path / "checkpoint-12" / "modules.json").read_text()
     with pytest.raises(ValueError, match="checkpoint-12 is a trainer's checkpoint. Sealed, it could not be resumed"):
         seal(tmp_path / "checkpoint-12")

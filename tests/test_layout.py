@@ -19,7 +19,7 @@ LAYERS = [
     {"hub"},
     {"tasks", "gguf", "data", "report", "averaging", "sampler", "embedding_cache", "mining", "export", "sharding"},
     {"model", "losses", "training_args", "evaluation", "retrieval_test", "architectures", "collator"},
-    {"trainer", "convert"},
+    {"trainer", "convert", "configuration"},
     {"demo", "stages"},
     {"cli"},
     {"__main__", "__init__"},

@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from st_llm_embed.evaluation.encoder import PromptedEncoder
 from st_llm_embed.evaluation.local_tasks import LocalTask, local_task
 from st_llm_embed.hub.checking import demand_known_code
-from st_llm_embed.hub.folders import PICKLES, has_code, hash_files, left_by_trainer
+from st_llm_embed.hub.folders import PICKLES, demand_writable, has_code, hash_files, left_by_trainer
 from st_llm_embed.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -74,10 +74,12 @@ def evaluate(
 
     Raises:
         FileNotFoundError: for a split that a folder does not have.
+        OSError: if ``output`` cannot be written.
         ValueError: for an unknown task, two of one name, a folder in another layout or with something else where text
             or a judgement is expected, unknown code in the model, or texts longer than it takes.
         ConnectionError: for a task whose data are on the Hub, while it cannot be reached.
     """
+    demand_writable(Path(output))
     chosen = find_tasks(tasks, split)
     names = [task.metadata.name for task in chosen]
     if twice := sorted({name for name in names if names.count(name) > 1}):

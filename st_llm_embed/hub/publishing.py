@@ -27,6 +27,7 @@ from st_llm_embed.hub.folders import (
     demand_room,
     has_code,
     read_json,
+    size_of,
     write_json,
     written_beside,
 )
@@ -56,15 +57,14 @@ def save_sealed(model: SentenceTransformer, folder: str | Path, card_section: st
 
     Raises:
         FileExistsError: if ``folder`` holds something.
-        OSError: if the disk has no room for it.
+        OSError: if ``folder`` cannot be written, or its disk has no room for the model.
         ValueError: if the model is quantised, or its weights are not there.
         RuntimeError: if the fresh process cannot load it or gives other vectors.
     """
     target = Path(folder).resolve()
     demand_empty(target)
     _demand_weights(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    demand_room(target.parent, model)
+    demand_room(target, size_of(model))
     inherit_license(model)
     with written_beside(target) as staged:
         model.save_pretrained(str(staged))
@@ -218,8 +218,8 @@ def _demand_choice(model: SentenceTransformer, adapter: str | None) -> None:
         raise ValueError(f"adapter={adapter!r} is unknown. Valid values: {', '.join(ADAPTERS)}.")
     if has_adapter(model) and adapter is None:
         raise ValueError(
-            "The model has an adapter. Choose adapter='merge' (a model as large as its base, which loads without "
-            "peft) or adapter='only' (small; its base is downloaded along with it)."
+            "The model has an adapter. Choose adapter='merge' (--adapter merge: a model as large as its base, which "
+            "loads without peft) or adapter='only' (--adapter only: small; its base is downloaded along with it)."
         )
     if adapter is not None and not has_adapter(model):
         raise ValueError(f"adapter={adapter!r}, but the model has no adapter. Leave it out.")

@@ -14,7 +14,6 @@ dotted names with the live classes, and passes the last weights as the best wher
 from __future__ import annotations
 
 import importlib.util
-import re
 import shutil
 from pathlib import Path
 
@@ -54,11 +53,10 @@ def seal(folder: str | Path) -> None:
             module whose class cannot be found to copy its source.
     """
     root = Path(folder)
-    if re.fullmatch(r"checkpoint-\d+", root.name) or (root / "trainer_state.json").is_file():
+    if (root / "trainer_state.json").is_file():
         raise ValueError(
             f"{root} is a trainer's checkpoint. Sealed, it could not be resumed from, nor reloaded as the best one at "
-            "the end: the trainer finds it by its classes' names. Load it, and seal what save_sealed(model, folder) "
-            "writes."
+            "the end: the trainer finds it by its classes' names. Load it, and write it by save_sealed(model, folder)."
         )
     demand_contained(root)
     modules = read_json(root / "modules.json")
@@ -115,12 +113,21 @@ def _ship_source(root: Path, reference: str) -> str:
     module, _, name = reference.rpartition(".")
     if (root / f"{module}.py").is_file():  # sealed already
         return reference
-    spec = importlib.util.find_spec(module) if module else None
-    if spec is None or spec.origin is None:
+    file = f"{module.rpartition('.')[2]}.py"
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is None or Path(spec.origin or "").name != file or file == "__main__.py":
+            raise ImportError("it is not in a file of its module's name")
+        for source in map(Path, (spec.origin, *get_relative_import_files(spec.origin))):
+            there = root / source.name
+            if there.is_file() and there.read_bytes() != source.read_bytes():
+                raise ImportError(f"the folder has another {source.name} already")
+            shutil.copy(source, there)
+    except (ImportError, ValueError, OSError) as error:  # of a script, a notebook, a function, a package's __init__
         raise ValueError(
-            f"The module class {reference!r} cannot be imported here, so its source cannot be shipped. Install the "
-            "package it comes from, then seal the folder again."
-        )
-    for source in (spec.origin, *get_relative_import_files(spec.origin)):
-        shutil.copy(source, root / Path(source).name)
-    return f"{module.rpartition('.')[2]}.{name}"
+            f"The source of the module class {reference!r} cannot be shipped ({error}), so nobody else could load the "
+            "model. Put the class into a file, outside of any function, that imports of its own package only files "
+            "beside it (from .other import name); import it from there, and save a model that is made of it. Install "
+            "the package if it is not here."
+        ) from error
+    return f"{Path(file).stem}.{name}"
