@@ -105,7 +105,11 @@ def test_a_tensor_without_a_place_is_named(llm, tmp_path):
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({**tensors, "base_model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}, file)
-    with pytest.raises(ValueError, match=r"1 of \d+ tensors that 'llama' has no place for: \['layers\.7\.self_attn"):
+    with pytest.raises(ValueError, match=r"no place for 1 of its \d+ tensors \['layers\.7\.self_attn.*lacks 0"):
+        load(tmp_path / "adapter")
+    fewer = {name: tensor for name, tensor in tensors.items() if "layers.1.self_attn.q_proj.lora_B" not in name}
+    save_file(fewer, file)
+    with pytest.raises(ValueError, match=r"no place for 0 of .*lacks 1 \['layers\.1\.self_attn\.q_proj\.lora_B"):
         load(tmp_path / "adapter")
     other = save_llm(tmp_path / "other", hidden_size=64)
     save_file(tensors, file)
@@ -240,9 +244,9 @@ def test_layers_that_share_a_weight_are_not_merged(tmp_path):
 
 def test_an_older_peft_than_transformers_takes_is_named_at_once(llm, tmp_path, monkeypatch):
     adapt(build_model(llm, "last-token")).save_pretrained(str(tmp_path / "adapter"))
-    monkeypatch.setattr("st_llm_embed.modules.llm_backbone.MIN_PEFT_VERSION", "99.0")
+    monkeypatch.setattr("st_llm_embed.modules.adapters.MIN_PEFT_VERSION", "99.0")
     for attempt in (lambda: build_model(llm, "nv-embed", lora=True), lambda: load(tmp_path / "adapter")):
-        with pytest.raises(ImportError, match=r"need peft 99.0 or later with transformers .*, and peft .* installed"):
+        with pytest.raises(ImportError, match=r"transformers .* peft 99.0 or later, and peft .* is installed"):
             attempt()
     build_model(llm, "nv-embed")  # which needs none
 

@@ -41,9 +41,9 @@ def demand_peft() -> None:
         found = f"peft {version('peft')}" if is_peft_available() else "no peft"
         minor = ".".join(transformers.__version__.split(".")[:2])
         raise ImportError(
-            f"For adapters, transformers {transformers.__version__} needs peft {MIN_PEFT_VERSION} or later, and "
-            f"{found} is installed. Fix: pip install 'peft>={MIN_PEFT_VERSION}'; where there is no such peft yet, "
-            f"take an older transformers: pip install 'transformers<{minor}'."
+            f"transformers {transformers.__version__} takes adapters of peft {MIN_PEFT_VERSION} or later, and {found} "
+            f"is installed. Fix: pip install 'peft>={MIN_PEFT_VERSION}'; where there is no such peft yet, an older "
+            f"transformers: pip install 'transformers<{minor}'."
         ) from error
 
 
