@@ -108,7 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     mine.add_argument("data", help=f"{rows} with the columns anchor and positive")
     mine.add_argument("teacher", help="Hub id or folder of a sentence-transformers model")
     mine.add_argument("--output", type=Path, required=True, help="folder to write; must not exist, or be empty")
-    mine.add_argument("--corpus", help=f"{rows} with the column text, to search besides the positives")
+    mine.add_argument(
+        "--corpus",
+        help=f"{rows}, or a folder in BEIR's layout, with the column text, and title if there is one (both are one "
+        "document), to search besides the positives",
+    )
     mine.add_argument("--num-negatives", type=int, default=7, help="of each row (default: %(default)s)")
     mine.add_argument(
         "--relative-margin",
@@ -266,11 +270,10 @@ def _mine(arguments: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    from sentence_transformers import SentenceTransformer
-
+    from st_llm_embed.data.corpus import load_corpus
     from st_llm_embed.data.sources import load_rows
     from st_llm_embed.hub import demand_empty, written_beside
-    from st_llm_embed.mining import mine_negatives
+    from st_llm_embed.mining import load_teacher, mine_negatives
 
     try:
         from st_llm_embed.report import draw_mining
@@ -284,8 +287,8 @@ def _mine(arguments: argparse.Namespace) -> None:
     settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
     rows, report = mine_negatives(
         load_rows(arguments.data),
-        SentenceTransformer(arguments.teacher, trust_remote_code=arguments.trust_remote_code),
-        load_rows(arguments.corpus) if arguments.corpus else None,
+        load_teacher(arguments.teacher, arguments.trust_remote_code),
+        load_corpus(arguments.corpus) if arguments.corpus else None,
         **settings,
     )
     with written_beside(target) as staged:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from st_llm_embed.hub import demand_empty, demand_room, size_of, written_beside
 from st_llm_embed.merging import has_adapter, merge_adapter
-from st_llm_embed.modules.llm_backbone import keep_first_layers
+from st_llm_embed.modules.first_layers import keep_first_layers
 
 
 def export_causal_lm(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from st_llm_embed.modules.llm_backbone import keep_first_layers
+from st_llm_embed.modules.first_layers import keep_first_layers
 
 
 def unpack_gguf(file: Path, folder: Path, num_layers: int | None = None) -> None:

@@ -42,6 +42,7 @@ from transformers import set_seed
 from st_llm_embed.card import record_training
 from st_llm_embed.configuration import checked, declared, read_yaml, required
 from st_llm_embed.data import (
+    check_pretext_columns,
     consecutive_texts,
     from_beir,
     from_class_examples,
@@ -142,8 +143,9 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
         if (output / LOCK).is_file():  # refused at once, if it is held
             _lock(output).release()
     data = {name: _read_data(name, dict(how)) for name, how in settings["data"].items() if _is_used(name, stages)}
+    arguments = _arguments(stages, data, settings)
     model, last, done = None, start, []
-    for stage, folder in zip(stages, folders, strict=True):
+    for stage, own, folder in zip(stages, arguments, folders, strict=True):
         if (folder / "model").is_dir():
             _demand_whole(folder / "model")
             last = folder / "model"
@@ -152,15 +154,15 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
             set_seed(settings["seed"])
             model = _begin(settings["model"], last)
             demand_room(output, size_of(model))
-        _rehearse(stage, model, data, settings)
+        _rehearse(stage, model, data, own)
     with _claimed(output, text) if first_process else nullcontext():
         last = start
-        for number, (stage, folder) in enumerate(zip(stages, folders, strict=True), 1):
+        for number, (stage, own, folder) in enumerate(zip(stages, arguments, folders, strict=True), 1):
             done.append(_card_row(stage, data, settings["arguments"]))
             if not (folder / "model").is_dir():
                 model = model or _begin(settings["model"], last)
                 set_seed(settings["seed"] + number)  # adapters' dropout, and nothing else, depends on it
-                trainer = _trainer(stage, model, data, _arguments(stage, settings, folder))
+                trainer = _trainer(stage, model, data, LLMEmbedTrainingArguments(str(folder), **own))
                 trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
                 with trainer.whole_model() as whole:
                     if trainer.is_world_process_zero():
@@ -223,11 +225,6 @@ def _check_arguments(of: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if own := [name for name in SET_HERE if name in arguments]:
         raise ValueError(f"{of} has the argument {own[0]!r}, which follows from the output's folder. Leave it out.")
     return checked(f"{of}'s arguments", arguments, ARGUMENTS)
-
-
-def _arguments(stage: Stage, settings: Mapping[str, Any], folder: Path) -> LLMEmbedTrainingArguments:
-    arguments = {"report_to": [], "seed": settings["seed"], **settings["arguments"], **stage.arguments}
-    return LLMEmbedTrainingArguments(str(folder), **arguments)
 
 
 def _read_start(folder: str | None) -> Path | None:
@@ -302,7 +299,9 @@ def _read_data(name: str, how: dict[str, Any]) -> Dataset | IterableDataset | tu
         how = checked(what, how, {**declared(consecutive_texts), "documents": str, "split": str | int}, ["documents"])
         with _named(what):
             documents = load_rows(how.pop("documents"), streaming=True)
-            return consecutive_texts(documents, _split(how.pop("split", None)), **how)
+            rows = consecutive_texts(documents, _split(how.pop("split", None)), **how)
+            check_pretext_columns(rows, name)
+            return rows
     if str(reader) not in READERS:
         raise ValueError(
             f"{what} has read={reader!r}. Valid: {', '.join([PRETEXT, *READERS])}, of st_llm_embed.data and of "
@@ -338,6 +337,28 @@ def _split(name: str | int | None) -> Callable[[str], list[str]]:
     return known[name]
 
 
+def _arguments(stages: list[Stage], data: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each stage: its own arguments, and those of the configuration that are not for other stages only.
+
+    Raises:
+        ValueError: naming the stage whose arguments cannot be, or have no effect.
+    """
+    shared = {"report_to": [], "seed": settings["seed"], **settings["arguments"]}
+    merged = [{**shared, **stage.arguments} for stage in stages]
+    tasks = [[of[1] for of in map(data.get, stage.data) if isinstance(of, tuple)] or None for stage in stages]
+    idle = []
+    for stage, own, of in zip(stages, merged, tasks, strict=True):
+        with _named(f"Stage {stage.name!r}"):
+            idle.append(LLMEmbedTrainingArguments("unused", **own).idle(of, False))
+    for stage, own, of, without_effect in zip(stages, merged, tasks, idle, strict=True):
+        for name in set(without_effect) & set(own) - set(stage.arguments):
+            if not all(name in others for others in idle):
+                del own[name]
+        with _named(f"Stage {stage.name!r}"):
+            LLMEmbedTrainingArguments("unused", **own).demand_effect(of, False)
+    return merged
+
+
 def _trainer(
     stage: Stage, model: SentenceTransformer, data: Mapping[str, Any], args: LLMEmbedTrainingArguments
 ) -> LLMEmbedTrainer:
@@ -348,7 +369,7 @@ def _trainer(
     return LLMEmbedTrainer(model, args, *chosen.values(), loss=PretextLoss(model, **stage.loss))
 
 
-def _rehearse(stage: Stage, model: SentenceTransformer, data: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def _rehearse(stage: Stage, model: SentenceTransformer, data: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     """Make what the stage will be trained with, and train nothing: whatever refuses its settings does so now.
 
     Raises:
@@ -359,7 +380,7 @@ def _rehearse(stage: Stage, model: SentenceTransformer, data: Mapping[str, Any],
     stand_in.model_card_data = SentenceTransformerModelCardData()
     stand_in.model_card_data.register_model(stand_in)
     with _named(f"Stage {stage.name!r}"), tempfile.TemporaryDirectory() as scratch:
-        args = _arguments(stage, settings, Path(scratch))
+        args = LLMEmbedTrainingArguments(scratch, **arguments)
         if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
             raise ValueError(f"max_steps={args.max_steps}, num_train_epochs={args.num_train_epochs} train nothing.")
         args.push_to_hub = False  # it would make the repository

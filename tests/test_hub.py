@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, save_llm
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
@@ -112,6 +112,21 @@ def test_merged_and_adapter_forms_are_compared(llm, tmp_path, capsys):
     assert "gives other vectors" in capsys.readouterr().err
 
 
+def test_half_precision_is_published_as_it_is(tmp_path):
+    model = build_model(save_llm(tmp_path / "llm", hidden_size=128), "nv-embed", num_latents=8).half()
+    model.prompts = {}  # no prompt at all is one way to embed
+    folder = save_sealed(model, tmp_path / "half")  # compares the vectors
+    assert json.loads((folder / "reference.json").read_text())["dtype"] == "float16"
+    assert check(folder, trust_remote_code=True).difference == 0
+
+
+def test_an_llm_cast_by_itself_is_told_of(tmp_path):
+    model = build_model(save_llm(tmp_path / "llm", hidden_size=128), "last-token")
+    model[0].model.half()
+    with pytest.raises(RuntimeError, match=r"Settings that differ: precision: casting the LLM .*model.half\(\)"):
+        save_sealed(model, tmp_path / "half")
+
+
 def test_merging_changes_no_embedding_and_leaves_the_model(llm):
     model = build_model(llm, "nv-embed", lora=True)
     for name, parameter in model.named_parameters():
@@ -204,19 +219,39 @@ def test_folders_with_links_pickles_and_indices_are_refused(tmp_path):
     stock = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Normalize"}
     (tmp_path / "secret").write_text("mine")
     hostile = {}
-    for name in ("link", "pickle", "index"):
+    for name in ("link", "pickle", "nested", "index", "pickled index", "odd index"):
         hostile[name] = tmp_path / name
         hostile[name].mkdir()
         (hostile[name] / "modules.json").write_text(json.dumps([stock]))
     (hostile["link"] / "model.safetensors").symlink_to(tmp_path / "secret")
     (hostile["pickle"] / "pytorch_model.bin").write_bytes(pickle.dumps(print))
+    (hostile["nested"] / "1_Dense").mkdir()
+    (hostile["nested"] / "1_Dense" / "pytorch_model.bin").write_bytes(pickle.dumps(print))
     index = {"weight_map": {"weight": "../secret"}}
     (hostile["index"] / "model.safetensors.index.json").write_text(json.dumps(index))
-    messages = {"link": "has links that lead out of it", "pickle": "may run code when read", "index": "outside"}
+    # A trainer's pickle is let be, and must not be named as weights.
+    index = {"weight_map": {"weight": "optimizer.pt"}}
+    (hostile["pickled index"] / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (hostile["odd index"] / "model.safetensors.index.json").write_text(json.dumps(index))
+    pickled = "may run code when read"
+    messages = {"link": "has links that lead out of it", "pickle": pickled, "nested": pickled, "index": "outside"}
+    messages |= {"pickled index": pickled, "odd index": "names 'optimizer.pt'. Weights belong into safetensors files"}
     for act in (seal, check):
         for name, message in messages.items():
             with pytest.raises(ValueError, match=message):
                 act(hostile[name])
+
+
+def test_what_a_trainer_leaves_beside_a_model_is_no_reason_to_refuse_it(llm, tmp_path):
+    model = build_model(llm, "mean")
+    save_sealed(model, tmp_path / "model")
+    left = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth")
+    (tmp_path / "model" / "checkpoint-1").mkdir()
+    for folder in ("model", "model/checkpoint-1"):
+        for name in left:
+            (tmp_path / folder / name).write_bytes(b"no pickle: reading it would fail")
+    np.testing.assert_array_equal(load_trusted(tmp_path / "model").encode(list(TEXTS)), model.encode(list(TEXTS)))
+    assert check(tmp_path / "model").difference <= 1e-5
 
 
 def test_code_that_is_not_this_packages_is_not_run(llm, tmp_path):

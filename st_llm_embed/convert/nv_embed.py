@@ -112,7 +112,9 @@ def load_nv_embed(source: str | Path, **kwargs: Any) -> SentenceTransformer:
     """
     with tempfile.TemporaryDirectory() as folder:
         converted = convert_nv_embed(source, Path(folder) / "model")
-        return SentenceTransformer(str(converted), trust_remote_code=True, **kwargs)
+        model = SentenceTransformer(str(converted), trust_remote_code=True, **kwargs)
+    model.transformers_model.name_or_path = ""  # which no adapter could load: its base is saved with it
+    return model
 
 
 def _demand_nv_embed(root: Path, settings: dict[str, Any]) -> None:

@@ -20,6 +20,15 @@ from sentence_transformers import SentenceTransformer
 
 STOCK = "sentence_transformers."
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")  # reading them may run code
+# What a trainer leaves beside a model, and what loading the model never reads.
+LEFT_BY_TRAINERS = (
+    "training_args.bin",
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+)
 
 
 def demand_empty(folder: Path) -> None:
@@ -131,7 +140,8 @@ def find_damaged(folder: Path) -> list[str]:
 
 
 def demand_contained(root: Path, within: Path | None = None) -> None:
-    """Check that a model folder is one, that all it names lies in it, and that none of its files is a pickle.
+    """Check that a model folder is one, that all it names lies in it, and that none of its files is a pickle, but for
+    those of a trainer, which nothing may name.
 
     Args:
         root: the folder.
@@ -146,10 +156,12 @@ def demand_contained(root: Path, within: Path | None = None) -> None:
     home = (within or root).resolve()
     if links := sorted(str(file) for file in root.rglob("*") if not file.resolve().is_relative_to(home)):
         raise ValueError(f"{root} has links that lead out of it: {links}. Copy what they point to in their place.")
-    if pickles := sorted(str(file) for pattern in PICKLES for file in root.rglob(pattern)):
+    found = {file for pattern in PICKLES for file in root.rglob(pattern) if not left_by_trainer(file)}
+    # An index of pickled weights may name any file.
+    if pickles := sorted(map(str, found.union(root.rglob("*.bin.index.json")))):
         raise ValueError(
             f"{root} holds {pickles}, which may run code when read, and which no model needs. Weights belong into "
-            "safetensors files; what is left of a training can be removed."
+            "safetensors files."
         )
     for entry in read_json(root / "modules.json"):
         _demand_inside(root, "modules.json", entry["path"])
@@ -158,6 +170,13 @@ def demand_contained(root: Path, within: Path | None = None) -> None:
     for index in root.rglob("*.safetensors.index.json"):
         for name in set(read_json(index)["weight_map"].values()):
             _demand_inside(root, index.name, name)
+            if not name.endswith(".safetensors"):
+                raise ValueError(f"{index} names {name!r}. Weights belong into safetensors files.")
+
+
+def left_by_trainer(file: Path) -> bool:
+    """Is ``file`` a pickle that a trainer left beside a model?"""
+    return any(file.match(name) for name in LEFT_BY_TRAINERS)
 
 
 def _demand_inside(root: Path, file: str, path: str) -> None:

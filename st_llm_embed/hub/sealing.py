@@ -17,9 +17,11 @@ import importlib.util
 import shutil
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from st_llm_embed.hub.folders import STOCK, demand_contained, read_json, write_json
+from st_llm_embed.modules.adapters import ADAPTER_CONFIG
 from st_llm_embed.modules.llm_backbone import REQUIREMENTS
 
 BACKBONE = "LLMBackbone"
@@ -77,30 +79,26 @@ def seal(folder: str | Path) -> None:
 def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
     """Would sentence-transformers' own Transformer do what the saved LLMBackbone does?
 
-    The mode is in config.json and EOS in tokenizer.json. What stock lacks is the part of a prompt after the text, and
-    the exact instruction mask, which only a pooling that leaves the prompt out reads. An adapter alone comes with its
-    base model's config.json, which knows nothing of the mode: it is stock only where the LLM is left as it was.
+    The mode is in config.json and EOS in tokenizer.json. What stock lacks is the part of a prompt after the text, the
+    exact instruction mask, which only a pooling that leaves the prompt out reads, a token for an empty text where the
+    tokenizer gives none, and truncation on the left that spares the prompt. An adapter alone is never stock: the
+    config.json of its base knows nothing of the mode or of a cut, and stock loads neither the revision it is asked for
+    nor all tensors nor added tokens.
     """
     backbone, *others = modules
-    if backbone["type"].rpartition(".")[2] != BACKBONE:
+    if backbone["type"].rpartition(".")[2] != BACKBONE or (root / ADAPTER_CONFIG).is_file():
         return False
     prompts = read_json(root / "config_sentence_transformers.json")["prompts"]
     settings = read_json(root / "sentence_bert_config.json")
-    if settings["attention"] == "causal":
-        as_configured = settings["window"] == "keep" or not _is_adapter(root)
-    else:
-        as_configured = not _is_adapter(root) and read_json(root / "config.json").get("is_causal") is False
     return (
-        as_configured
+        (settings["attention"] == "causal" or read_json(root / "config.json").get("is_causal") is False)
         and all(entry["type"].startswith(STOCK) for entry in others)
         and settings["add_eos"] != "nv-embed"
+        and read_json(root / "tokenizer_config.json").get("truncation_side") != "left"
+        and Tokenizer.from_file(str(root / "tokenizer.json")).num_special_tokens_to_add(False) > 0
         and not any("{text}" in prompt for prompt in prompts.values())
         and all(read_json(config).get("include_prompt", True) for config in root.glob("[0-9]*_*/config.json"))
     )
-
-
-def _is_adapter(root: Path) -> bool:
-    return (root / "adapter_config.json").is_file()
 
 
 def _add_legacy_keys(file: Path) -> None:
