@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -162,6 +163,40 @@ def test_a_trainers_checkpoint_is_not_sealed(llm, tmp_path):
     with pytest.raises(ValueError, match="checkpoint-12 is a trainer's checkpoint. Sealed, it could not be resumed"):
         seal(tmp_path / "checkpoint-12")
     assert (tmp_path / "checkpoint-12" / "modules.json").read_text() == before
+
+
+def test_a_name_like_a_checkpoints_is_a_name_like_any_other(llm, tmp_path):
+    saved = save_sealed(build_model(llm, "mean"), tmp_path / "out" / "checkpoint-100")
+    assert (saved / "reference.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("__main__.Scale", "it is not in a file of its module's name"),  # of a script or a notebook
+        ("shipped.pooling.Outer.Scale", "shipped.pooling.Outer"),
+        ("shipped.Scale", "it is not in a file of its module's name"),  # of the package's __init__.py
+        ("shipped.parent.Scale", "No such file"),  # from ..other import, which no repository has
+        ("shipped.llm_backbone.Scale", "the folder has another llm_backbone.py already"),
+        ("nowhere.Scale", "no module 'nowhere' is installed here"),
+        ("math.Scale", "it is not in a file of its module's name"),
+    ],
+)
+def test_a_class_that_nobody_else_could_import_is_refused(llm, tmp_path, monkeypatch, reference, reason):
+    for name, text in (("__init__", ""), ("pooling", ""), ("llm_backbone", ""), ("parent", "from ..other import x\n")):
+        (tmp_path / "shipped").mkdir(exist_ok=True)
+        (tmp_path / "shipped" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = tmp_path / "model"
+    build_model(llm, "nv-embed", num_latents=2).save_pretrained(str(folder))
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[2]["type"] = reference
+    (folder / "modules.json").write_text(json.dumps(modules))
+    match = (
+        rf"module class '{re.escape(reference)}' cannot be shipped \(.*{re.escape(reason)}.*Put the class into a file"
+    )
+    with pytest.raises(ValueError, match=match):
+        seal(folder)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,9 @@ def _ship_source(root: Path, reference: str) -> str:
     file = f"{module.rpartition('.')[2]}.py"
     try:
         spec = importlib.util.find_spec(module)
-        if spec is None or Path(spec.origin or "").name != file or file == "__main__.py":
+        if spec is None:
+            raise ImportError(f"no module {module!r} is installed here")
+        if Path(spec.origin or "").name != file or file == "__main__.py":
             raise ImportError("it is not in a file of its module's name")
         for source in map(Path, (spec.origin, *get_relative_import_files(spec.origin))):
             there = root / source.name
@@ -127,7 +129,6 @@ def _ship_source(root: Path, reference: str) -> str:
         raise ValueError(
             f"The source of the module class {reference!r} cannot be shipped ({error}), so nobody else could load the "
             "model. Put the class into a file, outside of any function, that imports of its own package only files "
-            "beside it (from .other import name); import it from there, and save a model that is made of it. Install "
-            "the package if it is not here."
+            "beside it (from .other import name); import it from there, and save a model that is made of it."
         ) from error
     return f"{Path(file).stem}.{name}"
