@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from st_llm_embed.hub import demand_empty, written_beside
+from st_llm_embed.hub import demand_empty, demand_room, written_beside
 
 METHODS = ("equal", "slerp")
 # The trainer's state, and what describes the weights of the first only.
@@ -53,6 +53,7 @@ def average_checkpoints(
         ValueError: for fewer than two sources, an unknown method, weights that do not fit, an adapter alone, or
             models that differ in their files, configuration, or tensors.
         FileExistsError: if ``output`` holds something.
+        OSError: if ``output`` cannot be written, or its disk has no room for the model.
     """
     roots = [Path(source) for source in sources]
     weights = [1.0] * len(roots) if weights is None else list(weights)
@@ -60,11 +61,12 @@ def average_checkpoints(
         raise ValueError(f"Averaging takes two checkpoints or more, got {len(roots)}.")
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown. Valid methods: {', '.join(METHODS)}.")
-    if len(weights) != len(roots) or min(weights) <= 0:
+    if len(weights) != len(roots) or not all(0 < weight < math.inf for weight in weights):
         raise ValueError(f"weights={weights} must be {len(roots)} positive numbers, one for each checkpoint.")
     target = Path(output).resolve()
     demand_empty(target)
     files = _common_files(roots)
+    demand_room(target, sum((roots[0] / file).stat().st_size for file in files))
     with written_beside(target) as staged:
         shutil.copytree(roots[0], staged, ignore=shutil.ignore_patterns(*NOT_OF_THE_MODEL, "*.safetensors"))
         for file in files:

@@ -7,14 +7,19 @@ sentence-transformers writes the rest (metadata, data sets, losses, evaluations,
 from __future__ import annotations
 
 import importlib.resources
+import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, metadata_load, metadata_save
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model_card import generate_model_card
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from yaml import YAMLError
 
+logger = logging.getLogger(__name__)
 HEADING = "## What this is"
 TRAINING = "## How it was trained"
 DETAILS = "## Model Details"
@@ -54,7 +59,7 @@ def inherit_license(model: SentenceTransformer) -> None:
             card.license = (metadata_load(Path(base) / "README.md") or {}).get("license")
         else:
             card.license = ModelCard.load(base).data.license
-    except (OSError, ValueError):  # no card, no such repository, no network
+    except (OSError, ValueError, YAMLError):  # no card, no such repository, no network, a card that cannot be read
         return
 
 
@@ -62,8 +67,13 @@ def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: 
     """Put this package's part and ``section`` into the host's card, and make the card's own snippet one that loads.
 
     A model that was loaded and not trained brings the card that it had, and keeps it, but for its name, licence and
-    languages.
+    languages; unless its metadata cannot be read, which the Hub would refuse.
     """
+    try:
+        metadata_load(file)
+    except (ValueError, YAMLError) as error:
+        logger.warning(f"The model's card has metadata that cannot be read, so it gets a new one. ({error})")
+        file.write_text(generate_model_card(model), encoding="utf-8")
     head, heading, details = file.read_text(encoding="utf-8").partition(DETAILS)
     if HEADING not in head:
         title, training, stages = head.partition(TRAINING)
@@ -110,7 +120,8 @@ def describe(model: SentenceTransformer, has_code: bool) -> str:
     text_config = config.get_text_config()
     settings = model[0].get_config_dict()
     attention = settings.get("attention") or ("causal" if getattr(config, "is_causal", True) else "bidirectional")
-    ends = model.preprocess(["a"])["input_ids"][0, -1] == model.tokenizer.eos_token_id
+    last = model.tokenizer.convert_ids_to_tokens(model.preprocess(["a"])["input_ids"][0].tolist())[-1]
+    ends = last in model.tokenizer.all_special_tokens
     recipe, pooling = _pooling(model[1])
     name = card.model_id or PLACEHOLDER
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -122,7 +133,7 @@ def describe(model: SentenceTransformer, has_code: bool) -> str:
             attention
         ],
         pooling=pooling,
-        eos=f"the token `{model.tokenizer.eos_token}`" if ends else "nothing is added",
+        eos=f"the token `{last}`" if ends else "nothing is added",
         longest=model.max_seq_length,
         embedding=f"{model.get_embedding_dimension()} dimensions{', length 1' if _normalizes(model) else ''}",
         loads_with="`trust_remote_code=True`, which runs the code in this repository"
@@ -160,7 +171,10 @@ def _prompts(model: SentenceTransformer) -> str:
     prompts = {name: prompt for name, prompt in model.prompts.items() if prompt}
     if not prompts:
         return "Texts get no prompt."
-    rows = "\n".join(f"| `{name}` | `{prompt!r}` | {_called_by(name)} |" for name, prompt in prompts.items())
+    rows = "\n".join(
+        f"| {_code(repr(name)[1:-1])} | {_code(repr(prompt))} | {_called_by(name)} |"
+        for name, prompt in prompts.items()
+    )
     return (
         "It was trained with prompts; `{text}` is where the text goes, else it follows.\n\n"
         f"| prompt | text | used by |\n| --- | --- | --- |\n{rows}"
@@ -169,8 +183,15 @@ def _prompts(model: SentenceTransformer) -> str:
 
 def _called_by(name: str) -> str:
     if name in ("query", "document"):
-        return f"`model.encode_{name}(texts)`"
-    return f'`model.encode(texts, prompt_name="{name}")`'
+        return _code(f"model.encode_{name}(texts)")
+    return _code(f"model.encode(texts, prompt_name={json.dumps(name, ensure_ascii=False)})")
+
+
+def _code(text: str) -> str:
+    """Code in a cell of a Markdown table, whatever is in it."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if len(fence) > 1 else ""
+    return f"{fence}{space}{text}{space}{fence}".replace("|", "\\|")
 
 
 def _plain_usage(model: SentenceTransformer, name: str, has_code: bool) -> str:

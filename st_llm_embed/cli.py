@@ -15,12 +15,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
-        print(f"st-llm-embed: error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("st-llm-embed: interrupted; nothing was left half-written.", file=sys.stderr)
         return 130
+    except Exception as error:
+        from pickle import UnpicklingError  # weights that would run code
+
+        from safetensors import SafetensorError  # a full disk, or a file that is cut off
+
+        expected = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, SafetensorError, UnpicklingError)
+        if not isinstance(error, expected):
+            raise
+        print(f"st-llm-embed: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -101,7 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     mine.add_argument("data", help=f"{rows} with the columns anchor and positive")
     mine.add_argument("teacher", help="Hub id or folder of a sentence-transformers model")
     mine.add_argument("--output", type=Path, required=True, help="folder to write; must not exist, or be empty")
-    mine.add_argument("--corpus", help=f"{rows} with the column text, to search besides the positives")
+    mine.add_argument(
+        "--corpus",
+        help=f"{rows}, or a folder in BEIR's layout, with the column text, and title if there is one (both are one "
+        "document), to search besides the positives",
+    )
     mine.add_argument("--num-negatives", type=int, default=7, help="of each row (default: %(default)s)")
     mine.add_argument(
         "--relative-margin",
@@ -194,7 +205,12 @@ def _architectures(arguments: argparse.Namespace) -> None:
     from transformers import logging
 
     from st_llm_embed.architectures import as_markdown, decoder_types, survey
+    from st_llm_embed.hub import demand_writable, written_beside
 
+    if arguments.output:
+        if arguments.output.is_dir():
+            raise IsADirectoryError(f"--output {arguments.output} is a folder. Name a file, such as architectures.md.")
+        demand_writable(arguments.output.parent if arguments.output.exists() else arguments.output)
     logging.set_verbosity_error()  # the configurations are tiny, and their token ids are not
     known = decoder_types()
     if unknown := sorted(set(arguments.model_type) - set(known)):
@@ -202,14 +218,16 @@ def _architectures(arguments: argparse.Namespace) -> None:
     table = as_markdown(survey(arguments.model_type or known))
     print(table)
     if arguments.output:
-        arguments.output.write_text(table, encoding="utf-8")
+        with written_beside(arguments.output) as staged:
+            staged.write_text(table, encoding="utf-8")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     from st_llm_embed.convert import convert_llara, convert_nv_embed
     from st_llm_embed.convert.checkpoint import local_checkpoint
-    from st_llm_embed.hub.folders import read_json
+    from st_llm_embed.hub.folders import demand_empty, read_json
 
+    demand_empty(Path(arguments.output).resolve())
     nv_embed = read_json(local_checkpoint(arguments.source) / "config.json").get("model_type") == "nvembed"
     folder = (convert_nv_embed if nv_embed else convert_llara)(arguments.source, arguments.output)
     licence = " Its weights are licensed under CC-BY-NC-4.0: no commercial use." if nv_embed else ""
@@ -231,17 +249,19 @@ def _average(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from st_llm_embed.hub import load_trusted, save_sealed
+    from st_llm_embed.hub import demand_empty, load_trusted, save_sealed
     from st_llm_embed.merging import merge_adapter
 
+    demand_empty(Path(arguments.output).resolve())
     model = load_trusted(arguments.source, arguments.trust_remote_code)
     print(f"Wrote {save_sealed(merge_adapter(model, arguments.tolerance), arguments.output)}.")
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from st_llm_embed.export import export_causal_lm
-    from st_llm_embed.hub import load_trusted
+    from st_llm_embed.hub import demand_empty, load_trusted
 
+    demand_empty(Path(arguments.output).resolve())
     model = load_trusted(arguments.source, arguments.trust_remote_code)
     print(f"Wrote {export_causal_lm(model, arguments.base, arguments.output)}.")
 
@@ -250,11 +270,10 @@ def _mine(arguments: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    from sentence_transformers import SentenceTransformer
-
+    from st_llm_embed.data.corpus import load_corpus
     from st_llm_embed.data.sources import load_rows
     from st_llm_embed.hub import demand_empty, written_beside
-    from st_llm_embed.mining import mine_negatives
+    from st_llm_embed.mining import load_teacher, mine_negatives
 
     try:
         from st_llm_embed.report import draw_mining
@@ -268,8 +287,8 @@ def _mine(arguments: argparse.Namespace) -> None:
     settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
     rows, report = mine_negatives(
         load_rows(arguments.data),
-        SentenceTransformer(arguments.teacher, trust_remote_code=arguments.trust_remote_code),
-        load_rows(arguments.corpus) if arguments.corpus else None,
+        load_teacher(arguments.teacher, arguments.trust_remote_code),
+        load_corpus(arguments.corpus) if arguments.corpus else None,
         **settings,
     )
     with written_beside(target) as staged:
@@ -285,7 +304,9 @@ def _mine(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from st_llm_embed.evaluation import evaluate, parity
     from st_llm_embed.evaluation.parity import as_markdown
+    from st_llm_embed.hub import demand_writable
 
+    demand_writable(arguments.output)
     not_settings = {"source", "tasks", "output", "parity", "run"}
     settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
     if arguments.parity:

@@ -28,19 +28,19 @@ class TaskCollator(SentenceTransformerDataCollator):
 
     Args:
         groups: by task, the group in which rows are each other's negatives; NONE for own negatives only.
-        num_negatives: how many columns of negatives each batch has, so that all processes agree. Default: as many as
-            the batch's row with the most.
+        num_negatives: how many columns of negatives each batch has at least, so that all processes agree. A batch
+            whose rows have more, such as one of another data set in evaluation, has theirs.
         tokenizer: pads what was tokenized apart.
     """
 
     groups: Mapping[str, int] = field(default_factory=dict)
-    num_negatives: int | None = None
+    num_negatives: int = 0
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         tasks = [row["dataset_name"] for row in rows]
         columns = [text_columns(row) for row in rows]
-        negatives = max(map(len, columns)) - 2 if self.num_negatives is None else self.num_negatives
+        negatives = max(self.num_negatives, *(len(own) - 2 for own in columns))
         batch: dict[str, Any] = {"dataset_name": ", ".join(dict.fromkeys(tasks))}
         known = [[self.groups[task] for task in tasks], [row.get("label", NONE) for row in rows]]
         for place, column in enumerate(["anchor", "positive", *(f"negative_{i + 1}" for i in range(negatives))]):

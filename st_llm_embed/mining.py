@@ -3,13 +3,14 @@
 TopK-PercPos of NV-Retriever (arXiv 2407.15831), on which NV-Embed-v2 trains: of the documents that score below 95 % of
 the positive's score, take the top ones. Also an absolute margin, and top-k inside a window of ranks.
 
-In: ``anchor, positive``. Out: ``anchor, positive, negative_1..n``, and a report of what each rule dropped.
+In: ``anchor, positive``. Out: ``anchor, positive, negative_1..n``, and a report of what each rule dropped. Spellings
+of one text (``normal_form``) are one, and so are a document with its title and without.
 
 sentence-transformers' ``mine_hard_negatives``, whose rules and argument names these are, does not serve here. It holds
 all texts and vectors in memory; it writes its cache only when everything is encoded, and names it by the *base* model,
 which two fine-tunes share; an anchor's own text may become its negative; its report is printed. Here texts stay in
 Arrow files, and vectors in shards on disk. In memory at once are one shard, its scores for 1,024 anchors, the best
-``range_max`` scores of every anchor, and a few integers for every text.
+``range_max`` scores of every anchor, and a few integers for every row and text.
 """
 
 from __future__ import annotations
@@ -27,15 +28,21 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
+from sentence_transformers.util import load_file_path
 
-from st_llm_embed.data.columns import check_contrastive_columns, check_text
+from st_llm_embed.data.columns import check_contrastive_columns
+from st_llm_embed.data.corpus import read_corpus
+from st_llm_embed.data.normal_form import normal_form
 from st_llm_embed.embedding_cache import EmbeddingCache, EmbeddingShards
+from st_llm_embed.hub.folders import read_json
 
 BLOCK = 1024  # anchors scored at once
 BINS = np.linspace(-1, 1, 101)  # of the report's histograms
 
-# Vectors (n, dim) and k to the k best documents of one shard, best first: scores (n, k) and rows (n, k).
-Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+# Vectors (n, dim), pairs of their rows and documents of one shard to leave out (two arrays), and k, to the k of
+# the shard's best documents for each vector, those left out at -inf: scores and rows (n, k).
+Search = Callable[[np.ndarray, tuple[np.ndarray, np.ndarray], int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,10 @@ def mine_negatives(
     there are several). Of the others the first ``range_min`` are skipped; the next ``num_negatives`` are taken.
 
     Args:
-        dataset: columns ``anchor``, ``positive``; those after them are left out.
-        teacher: any text model that sentence-transformers can load.
-        corpus: texts to choose from, besides all positives: a sequence, or a data set with a column ``text``, which
-            may be larger than memory. Default: the positives alone.
+        dataset: columns ``anchor`` and ``positive``; others are left out.
+        teacher: any ``SentenceTransformer``, which gives each text one vector.
+        corpus: texts to choose from, besides all positives: a sequence, or a data set with a column ``text``, and
+            ``title`` if it has one (they are joined), which may be larger than memory. Default: the positives alone.
         num_negatives: of each row; a row left with fewer is dropped.
         relative_margin: drop candidates above ``positive - relative_margin * |positive|``. 0.05 is NV-Retriever's
             95 %; None switches the rule off.
@@ -110,33 +117,35 @@ def mine_negatives(
         and the report.
 
     Raises:
-        ValueError: for misnamed columns, empty texts, numbers out of range, vectors that are not finite, and if no row
-            is left.
+        ValueError: for another kind of teacher, misnamed columns, empty texts, numbers out of range, vectors that are
+            not finite, and if no row is left.
         ImportError: if FAISS is asked for and not installed.
     """
     _check_numbers(num_negatives, relative_margin, absolute_margin, range_min, range_max, shard_size)
     if use_faiss and importlib.util.find_spec("faiss") is None:
         raise ImportError("use_faiss=True needs FAISS. Fix: pip install faiss-cpu.")
-    dataset = dataset.with_format(None).select_columns(dataset.column_names[:2])
+    _check_teacher(teacher)
+    columns = [name for name in ("anchor", "positive") if name in dataset.column_names]
+    dataset = dataset.with_format(None).select_columns(columns if len(columns) == 2 else dataset.column_names)
     check_contrastive_columns(dataset, "dataset")
     anchors = dataset.select_columns(["anchor"]).rename_column("anchor", "text")
     texts = _searched_texts(dataset, corpus)
 
     # Each distinct text has a number: first the documents, 0..len(documents) - 1, then the anchors that are not one.
-    first_row, number = _distinct(np.concatenate([_digests(texts), _digests(anchors)]))
+    digests = _with_titles(np.concatenate([_digests(texts), _digests(anchors)]), corpus)
+    first_row, number = _distinct(digests)
     positive, itself = number[len(texts) - len(dataset) : len(texts)], number[len(texts) :]  # (rows,)
     document_rows = first_row[first_row < len(texts)]
     query_rows, query = _distinct(itself)  # (queries,), (rows,)
+    # What is true for an anchor, its own text too, once each and sorted: numbers of queries and of texts.
+    true = np.divmod(np.unique(np.append(query, query) * len(first_row) + np.append(positive, itself)), len(first_row))
 
     with nullcontext(cache_folder) if cache_folder else tempfile.TemporaryDirectory() as folder:
         cache = EmbeddingCache(teacher, folder, batch_size, shard_size)
         queries = cache.queries(anchors, query_rows, query_prompt)
         documents = cache.documents(texts, document_rows, corpus_prompt)
-        # What is true for an anchor, its own text too: one number for each pair.
-        true = np.unique(np.append(query, query) * len(first_row) + np.append(positive, itself))
-        most_true = int(np.bincount(true // len(first_row)).max())
         search = _faiss_search if use_faiss else partial(_exact_search, device=teacher.device)
-        scores, found = _nearest(queries, documents, min(range_max + most_true, len(documents)), search)
+        scores, found = _nearest(queries, documents, true, min(range_max, len(documents)), search)
         positive_scores = _cosines(queries, documents, query, positive)
 
     lowest = np.full(len(queries), np.inf, np.float32)
@@ -146,8 +155,7 @@ def mine_negatives(
         limits["relative_margin"] = lowest - relative_margin * np.abs(lowest)
     if absolute_margin is not None:
         limits["absolute_margin"] = lowest - absolute_margin
-    candidate = ~np.isin(np.arange(len(queries))[:, None] * len(first_row) + found, true)  # (queries, k), best first
-    candidate &= candidate.cumsum(axis=1) <= range_max
+    candidate = np.isfinite(scores)  # (queries, k), best first
     chosen, dropped = _choose(candidate, scores, limits, range_min, num_negatives)
 
     enough = chosen.any(axis=1)
@@ -199,32 +207,74 @@ def _check_numbers(
         raise ValueError(f"absolute_margin={absolute_margin} must be in [0, 2], a difference of cosines, or None.")
 
 
+def load_teacher(source: str, trust_remote_code: bool = False) -> SentenceTransformer:
+    """A model of the Hub or a folder.
+
+    Raises:
+        ValueError: if it is another kind of model, which sentence-transformers would give an untrained pooling.
+    """
+
+    def saved(name: str) -> dict:
+        file = load_file_path(source, name)
+        return read_json(Path(file)) if file else {}
+
+    kind = saved("config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    heads = [] if saved("modules.json") else saved("config.json").get("architectures") or []
+    if any(head.endswith("ForSequenceClassification") for head in heads):
+        kind = "CrossEncoder"
+    if kind != "SentenceTransformer":
+        raise _no_teacher(kind)
+    return SentenceTransformer(source, trust_remote_code=trust_remote_code)
+
+
+def _check_teacher(teacher: SentenceTransformer) -> None:
+    another = isinstance(teacher, BaseModel) and not isinstance(teacher, SentenceTransformer)
+    if another or not all(hasattr(teacher, method) for method in ("encode_query", "encode_document")):
+        raise _no_teacher(type(teacher).__name__)
+
+
+def _no_teacher(kind: str) -> ValueError:
+    return ValueError(
+        f"The teacher is a {kind}. A teacher is a SentenceTransformer (a bi-encoder): it gives each text one vector, "
+        "so that every anchor is compared with all documents. Fix: SentenceTransformer('org/model')."
+    )
+
+
 def _searched_texts(dataset: Dataset, corpus: Dataset | Sequence[str] | None) -> Dataset:
     """One column ``text``: the corpus, then the positives of all rows. Nothing is copied from disk to memory."""
     positives = dataset.select_columns(["positive"]).rename_column("positive", "text")
     if corpus is None:
         return positives
-    if not isinstance(corpus, Dataset):
-        corpus = Dataset.from_dict({"text": list(corpus)})
-    if "text" not in corpus.column_names:
-        raise ValueError(
-            f"The corpus has the columns {corpus.column_names}, not 'text'. Fix: corpus.rename_column(..., 'text')."
-        )
-    check_text(corpus, "corpus", ["text"])
-    corpus = corpus.with_format(None).select_columns(["text"])
-    if corpus.features != positives.features:  # string and large_string
-        corpus = corpus.cast(positives.features)
-    return concatenate_datasets([corpus, positives])
+    documents = read_corpus(corpus)
+    if positives.features != documents.features:  # large_string and string
+        positives = positives.cast(documents.features)
+    return concatenate_datasets([documents, positives])
 
 
 def _digests(texts: Dataset) -> np.ndarray:
-    """``(rows,)``: 64 bits of a hash of each text. That two of 100 million share them has a chance of 1 in 3,700."""
+    """``(rows,)``: 64 bits of a hash of each text's normal form. That two of 100 million share one has a chance of
+    1 in 3,700."""
     digests = (
-        hashlib.blake2b(text.encode(), digest_size=8).digest()
+        hashlib.blake2b(normal_form(text).encode(), digest_size=8).digest()
         for batch in texts.iter(batch_size=10_000)
         for text in batch["text"]
     )
     return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def _with_titles(digests: np.ndarray, corpus: Dataset | Sequence[str] | None) -> np.ndarray:
+    """``digests``, of which those of a document's text alone are that of the document with its title.
+
+    So are the queries of sets such as ArguAna, which are documents, and rows that were made without titles.
+    """
+    if not isinstance(corpus, Dataset) or "title" not in corpus.column_names:
+        return digests
+    titled = digests[: len(corpus)]
+    alone = _digests(corpus.with_format(None).select_columns(["text"]))
+    order = np.argsort(alone, kind="stable")
+    place = order[np.searchsorted(alone, digests, sorter=order).clip(max=len(order) - 1)]
+    known = (alone[place] == digests) & ~np.isin(digests, titled)
+    return np.where(known, titled[place], digests)
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -236,28 +286,42 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearest(
-    queries: EmbeddingShards, documents: EmbeddingShards, k: int, search: Callable[[np.ndarray], Search]
+    queries: EmbeddingShards,
+    documents: EmbeddingShards,
+    true: tuple[np.ndarray, np.ndarray],
+    k: int,
+    search: Callable[[np.ndarray], Search],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ``k`` documents of the highest cosine for each query, best first: scores and rows, both ``(queries, k)``."""
+    """The ``k`` documents of the highest cosine for each query, best first: scores and rows, both ``(queries, k)``.
+
+    Left out are the pairs ``true`` of queries and documents, sorted by query. Where fewer than ``k`` documents are
+    left, scores end in -inf.
+    """
     scores = np.full((len(queries), k), -np.inf, np.float32)
     found = np.zeros((len(queries), k), np.int64)
     for first, shard in documents.shards():
         nearest = search(shard)
         for start in range(0, len(queries), BLOCK):
             block = slice(start, min(start + BLOCK, len(queries)))
-            here, rows = nearest(queries.take(np.arange(block.start, block.stop)), min(k, len(shard)))
-            here = np.append(scores[block], here, axis=1)
+            pairs = slice(*np.searchsorted(true[0], (block.start, block.stop)))
+            query, document = true[0][pairs], true[1][pairs]
+            here = (first <= document) & (document < first + len(shard))
+            left_out = query[here] - block.start, document[here] - first
+            best, rows = nearest(queries.take(np.arange(block.start, block.stop)), left_out, min(k, len(shard)))
+            best = np.append(scores[block], best, axis=1)
             rows = np.append(found[block], first + rows, axis=1)
-            best = np.argsort(-here, axis=1, kind="stable")[:, :k]
-            scores[block], found[block] = np.take_along_axis(here, best, 1), np.take_along_axis(rows, best, 1)
+            order = np.argsort(-best, axis=1, kind="stable")[:, :k]
+            scores[block], found[block] = np.take_along_axis(best, order, 1), np.take_along_axis(rows, order, 1)
     return scores, found
 
 
 def _exact_search(shard: np.ndarray, device: torch.device) -> Search:
     documents = torch.from_numpy(shard).to(device)
 
-    def nearest(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, rows = (torch.from_numpy(queries).to(device) @ documents.T).topk(k)
+    def nearest(queries: np.ndarray, left_out: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = torch.from_numpy(queries).to(device) @ documents.T
+        scores[left_out] = -torch.inf
+        scores, rows = scores.topk(k)
         return scores.cpu().numpy(), rows.cpu().numpy()
 
     return nearest
@@ -268,7 +332,22 @@ def _faiss_search(shard: np.ndarray) -> Search:
 
     index = faiss.IndexFlatIP(shard.shape[1])
     index.add(shard)
-    return index.search
+
+    def nearest(queries: np.ndarray, left_out: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+        # The index leaves nothing out: of each query as many more are asked for as are dropped here.
+        query, document = left_out
+        more = np.bincount(query, minlength=len(queries))
+        scores = np.empty((len(queries), k), np.float32)
+        rows = np.empty((len(queries), k), np.int64)
+        for count in np.unique(more):
+            those = np.flatnonzero(more == count)
+            found, places = index.search(queries[those], min(k + int(count), len(shard)))
+            found[np.isin(those[:, None] * len(shard) + places, query * len(shard) + document)] = -np.inf
+            best = np.argsort(-found, axis=1, kind="stable")[:, :k]
+            scores[those], rows[those] = np.take_along_axis(found, best, 1), np.take_along_axis(places, best, 1)
+        return scores, rows
+
+    return nearest
 
 
 def _cosines(
@@ -298,7 +377,7 @@ def _choose(
         allowed = left & (scores <= limit[:, None])
         dropped[rule] = int(left.sum() - allowed.sum())
         left = allowed
-    rank = left.cumsum(axis=1)  # from 1
+    rank = left.cumsum(axis=1, dtype=np.int32)  # from 1
     dropped["range_min"] = int((left & (rank <= range_min)).sum())
     chosen = left & (rank > range_min) & (rank <= range_min + num_negatives)
     return chosen & (chosen.sum(axis=1, keepdims=True) == num_negatives), dropped

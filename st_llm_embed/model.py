@@ -17,9 +17,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from tokenizers import AddedToken
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from st_llm_embed.gguf import unpack_gguf
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling
+from st_llm_embed.modules.adapters import demand_peft
+from st_llm_embed.modules.llm_backbone import drop_text_end
 from st_llm_embed.tasks import (
     EBAE_PROMPT,
     EBAR_PROMPT,
@@ -27,6 +32,10 @@ from st_llm_embed.tasks import (
     RELEASE_EBAR_PROMPT,
     RELEASE_TOKENS,
 )
+
+# peft takes these for the experts' own weights, of whatever module they are.
+EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+KERNEL_NAMES = {"dt_proj", "out_proj"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ def build_model(
         recipe: ``nv-embed``, ``llara``, ``llara-release`` (16 added tokens, whose embeddings begin at the mean of the
             others, plus noise of a tenth of their standard deviation), ``mean`` or ``last-token``.
         lora: train the LLM by the recipe's LoRA (``nv-embed``: r 16, alpha 32; LLaRA's: r 64, alpha 16; dropout 0.1
-            on every linear map of the layers). What the recipe adds, tokens too, trains in full either way.
+            on every linear map of the layers; where there are experts, only on those outside of them and not in their
+            place). What the recipe adds, tokens too, trains in full either way.
         **overrides: arguments of ``LLMBackbone`` (``attention``, ``num_layers``, ``max_seq_length``, ``model_kwargs``,
             ...) and of the recipe's pooling module (``num_latents``, ``head_dim``, ...).
 
@@ -92,6 +102,7 @@ def build_model(
     Raises:
         ValueError: for an unknown recipe or override, a base that cannot be found, one that is not a decoder-only LLM,
             or ``lora`` where the recipe has none.
+        ImportError: for ``lora`` where peft is older than the installed transformers takes.
     """
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is unknown. Valid recipes: {', '.join(RECIPES)}.")
@@ -101,6 +112,8 @@ def build_model(
         raise ValueError(
             f"recipe={recipe!r} names no LoRA; {with_lora} do. Use model.add_adapter(peft.LoraConfig(...)) instead."
         )
+    if lora:
+        demand_peft()
     backbone_names = (_argument_names(LLMBackbone) | _argument_names(Transformer)) - {"model_name_or_path", "kwargs"}
     pooling_names = _argument_names(chosen.pooling) - {"embedding_dimension"}
     if unknown := sorted(set(overrides) - backbone_names - pooling_names):
@@ -111,6 +124,8 @@ def build_model(
     arguments = {**chosen.defaults, **overrides}
     backbone = _load_backbone(base, {k: v for k, v in arguments.items() if k in backbone_names})
     added_ids = _add_tokens(backbone, chosen.added_tokens)
+    if added_ids and not backbone.add_eos:  # the recipe pools the last ones, which its prompts end in
+        drop_text_end(backbone.tokenizer)
     pooling = chosen.pooling(
         backbone.get_embedding_dimension(), **{k: v for k, v in arguments.items() if k in pooling_names}
     )
@@ -124,9 +139,30 @@ def build_model(
         embeddings = backbone.model.get_input_embeddings()
         name = next(name for name, module in backbone.model.named_modules() if module is embeddings)
         trained_tokens = {"trainable_token_indices": {name: added_ids}} if added_ids else {}
-        task = TaskType.FEATURE_EXTRACTION
-        model.add_adapter(LoraConfig(task_type=task, target_modules="all-linear", **trained_tokens, **chosen.lora))
+        targets = {"target_modules": _lora_targets(backbone.model), **trained_tokens}
+        model.add_adapter(LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, **targets, **chosen.lora))
     return model
+
+
+def _lora_targets(llm: PreTrainedModel) -> list[str]:
+    """Names of the linear maps that take LoRA with dropout.
+
+    Not among them: routers and grouped maps, which are linear in class only; what state-space kernels read without
+    calling it; and, beside experts, the names under which peft would adapt the experts' weights, at their full size at
+    every step and without dropout.
+    """
+    modules = dict(llm.named_modules())
+    has_experts = any(name.endswith("experts") for name in modules)
+    targets = []
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        kinds = f"{type(module).__name__} {type(modules[parent]).__name__}"
+        if not isinstance(module, (nn.Linear, Conv1D)) or "Router" in kinds or "Grouped" in kinds:
+            continue
+        if (has_experts and leaf in EXPERT_NAMES) or (leaf in KERNEL_NAMES and hasattr(modules[parent], "conv1d")):
+            continue
+        targets.append(name)
+    return targets
 
 
 def _add_tokens(backbone: LLMBackbone, tokens: list[str]) -> list[int]:
@@ -154,7 +190,8 @@ def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:
         with tempfile.TemporaryDirectory() as folder:
             unpack_gguf(path, Path(folder), arguments.pop("num_layers", None))
             backbone = LLMBackbone(folder, **arguments)
-        backbone.model.config._name_or_path = backbone.model.name_or_path = path.stem
+        backbone.model.config._name_or_path = path.stem
+        backbone.model.name_or_path = ""  # which no adapter could load: its base is saved with it
         return backbone
     try:
         if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):

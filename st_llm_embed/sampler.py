@@ -1,7 +1,8 @@
 """Which rows make a batch: of one task on all processes, or of all tasks blended; no text twice where it would hurt.
 
 NV-Embed (arXiv 2405.17428) blends its tasks inside a batch; SFR, GritLM and EmbeddingGemma give each step one task. A
-task's share of the steps, or of the rows, is its ``weight`` times its size to the power 1 / temperature.
+task's share of the rows is its ``weight`` times its size to the power 1 / temperature. What is left of a share when an
+epoch has whole steps, or whole rows, goes to some epochs and not to others, so that over the epochs it comes out.
 
 The order is a pure function of seed and epoch, so a run that is resumed in the middle of an epoch goes on as if it had
 not stopped. Out: indices into the concatenation of the data sets, ``batch_size`` of them for one process; consecutive
@@ -10,6 +11,7 @@ batches belong to consecutive processes.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +24,9 @@ from torch.utils.data import Sampler
 
 from st_llm_embed.data.columns import text_columns
 
+logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 50_000
-LOOK_AHEAD = 1000  # rows put off because a text of theirs is in the batch
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, without their whole parts, spread evenly: the first few and all
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,85 @@ class Source:
     weight: float = 1.0
 
 
-@dataclass
-class Seen:
-    """The texts of a step so far: what is right for some row, and all. A negative of several rows does no harm."""
+class RowOrder:
+    """A task's rows in random order, again and again. Those with a text that is in the step already wait for a later
+    one, where they come first.
 
-    right: set[int]
-    every: set[int]
+    No row's anchor or positive is another's negative, anchor or positive. A negative of several rows does no harm.
 
-    def goes_with(self, texts: np.ndarray) -> bool:
-        """Is no row's anchor or positive another's negative, anchor or positive?"""
-        right, wrong = texts[:2].tolist(), texts[2:].tolist()
-        return self.every.isdisjoint(right) and self.right.isdisjoint(wrong)
+    Args:
+        rows: how many.
+        texts: ``(rows, columns)``, equal where texts are equal; None where rows are not each other's negatives.
+        random: of the order.
+    """
 
-    def add(self, texts: np.ndarray) -> None:
-        self.right.update(texts[:2].tolist())
-        self.every.update(texts.tolist())
+    def __init__(self, rows: int, texts: np.ndarray | None, random: np.random.Generator) -> None:
+        self.texts = texts
+        self.random = random
+        self.order: Iterator[int] = iter(())
+        # By the text that they wait for, and whether it must be in no row or only no row's anchor or positive: while
+        # one waits, all wait. So a step asks once for each text, however many rows share it.
+        self.waiting: dict[tuple[int, bool], deque[int]] = {}
+        self.awaited: deque[tuple[int, bool]] = deque()
+        self.is_waiting = np.zeros(rows, dtype=bool)
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        self.right: set[int] = set()  # the step's anchors and positives
+        self.every: set[int] = set()  # all its texts
+        self.unasked = len(self.awaited)
+        self.seen_all = False  # since the step began
+
+    def next_row(self) -> int | None:
+        """The next row that goes with those of the step; None where none does."""
+        while self.unasked:
+            row = self._next_waiting(self.awaited[0])
+            if row is not None:
+                return row
+            self.unasked -= 1
+            text = self.awaited.popleft()
+            if self.waiting[text]:
+                self.awaited.append(text)
+            else:
+                del self.waiting[text]
+        while True:
+            for row in self.order:
+                if self._goes(row):
+                    return row
+            if self.seen_all:
+                return None
+            self.order = iter(self.random.permutation(np.flatnonzero(~self.is_waiting)).tolist())
+            self.seen_all = self.texts is not None
+
+    def _next_waiting(self, text: tuple[int, bool]) -> int | None:
+        rows = self.waiting[text]
+        while rows and not self._is_in_step(text):
+            row = rows.popleft()
+            self.is_waiting[row] = False
+            if self._goes(row):
+                return row
+        return None
+
+    def _is_in_step(self, text: tuple[int, bool]) -> bool:
+        number, right = text
+        return number in (self.every if right else self.right)
+
+    def _goes(self, row: int) -> bool:
+        """Put a row into the step, or let it wait."""
+        if self.texts is None:
+            return True
+        texts = self.texts[row].tolist()
+        for place, number in enumerate(texts):
+            if self._is_in_step(text := (number, place < 2)):
+                if text not in self.waiting:
+                    self.waiting[text] = deque()
+                    self.awaited.append(text)
+                self.waiting[text].append(row)
+                self.is_waiting[row] = True
+                return False
+        self.right.update(texts[:2])
+        self.every.update(texts)
+        return True
 
 
 class TaskBatchSampler(Sampler[list[int]]):
@@ -71,7 +138,8 @@ class TaskBatchSampler(Sampler[list[int]]):
         temperature: 1 for shares by size, larger for more even ones.
         seed: of the order.
 
-    A task with fewer rows than a step takes gives smaller steps.
+    A task with fewer rows than a step takes gives smaller steps, and the more of them; a step that cannot be filled
+    without repeating a text is smaller too.
 
     Raises:
         ValueError: for fewer rows than processes, or a task whose rows repeat so many texts that no step is filled.
@@ -97,8 +165,7 @@ class TaskBatchSampler(Sampler[list[int]]):
         self._starts = np.cumsum([0, *sizes])
         self._texts = [text_numbers(source.rows) if source.distinct else None for source in self.sources]
         shares = np.array([s.weight * n ** (1 / temperature) for s, n in zip(self.sources, sizes, strict=True)])
-        self._shares = shares / shares.sum()
-        self.steps = max(1, sum(sizes) // (batch_size * num_processes))
+        shares *= sum(sizes) / shares.sum()  # rows of an epoch
         # The same number of rows on each process.
         available = [sum(sizes)] * len(sizes) if blended else sizes
         self._step_sizes = [min(batch_size, rows // num_processes) * num_processes for rows in available]
@@ -107,6 +174,35 @@ class TaskBatchSampler(Sampler[list[int]]):
                 raise ValueError(
                     f"Task {source.name!r} has {rows} rows for {num_processes} processes, of which each takes one or "
                     "more. Give it more rows, or blend the tasks."
+                )
+        steps = shares / self._step_sizes
+        self.steps = max(1, int(steps.sum() + 1e-9))
+        self._steps_of = steps * self.steps / steps.sum()  # in an epoch; where blended, as if it were alone in them
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        """Can each task fill a step, and take all of its rows in an epoch?"""
+        for number, texts in enumerate(self._texts):
+            if texts is None:
+                continue
+            source, order = self.sources[number], self._row_order(number)
+            step_size = self._step_sizes[number]
+            wanted = int(step_size * self._steps_of[number] / self.steps) if self.blended else step_size
+            found = sum(order.next_row() is not None for _ in range(wanted))
+            if found < wanted:
+                raise ValueError(
+                    f"Task {source.name!r} has too few different texts for a step of {wanted} rows without "
+                    f"repetition: {found} rows go together. Lower the batch size, or turn its in-batch negatives off: "
+                    f"Task({source.name!r}, ..., in_batch_negatives=False)."
+                )
+            steps = self.steps if self.blended else max(1, round(self._steps_of[number]))
+            left_out = max(
+                int((np.unique(column, return_counts=True)[1] - steps).clip(0).sum()) for column in texts.T[:2]
+            )
+            if left_out:
+                logger.warning(
+                    f"Task {source.name!r}: of rows with the same anchor or positive, a step takes one. An epoch has "
+                    f"{steps} of its steps, which leaves out {left_out} of {len(texts)} rows and repeats others."
                 )
 
     @property
@@ -121,63 +217,44 @@ class TaskBatchSampler(Sampler[list[int]]):
         return self.steps * self.num_processes
 
     def __iter__(self) -> Iterator[list[int]]:
-        streams = [self._stream(number) for number in range(len(self.sources))]
-        put_off: list[deque[int]] = [deque() for _ in self.sources]
-        order = self._generator("order")
+        orders = [self._row_order(number) for number in range(len(self.sources))]
         per_step = self._step_sizes[0] if self.blended else 1
-        counts = apportion(self._shares, self.steps * per_step)
-        schedule = order.permutation(np.repeat(np.arange(len(self.sources)), counts))
+        counts = apportion(self._steps_of * per_step, self.epoch)
+        schedule = self._generator("order").permutation(np.repeat(np.arange(len(self.sources)), counts))
         for begin in range(0, len(schedule), per_step):
             wanted = schedule[begin : begin + per_step]
             if not self.blended:
                 wanted = np.repeat(wanted, self._step_sizes[wanted[0]])
-            seen = [Seen(set(), set()) for _ in self.sources]
-            step = [self._next_row(number, streams[number], put_off[number], seen[number]) for number in wanted]
+            step: list[int] = []
+            while len(step) < self.num_processes:  # a row that goes with no other may have come first
+                for order in orders:
+                    order.begin_step()
+                rows = ((number, orders[number].next_row()) for number in wanted.tolist())
+                step = [int(self._starts[number]) + row for number, row in rows if row is not None]
             size = len(step) // self.num_processes
-            for start in range(0, len(step), size):
-                yield step[start : start + size]
+            for process in range(self.num_processes):
+                yield step[process * size : (process + 1) * size]
 
     def _generator(self, purpose: str) -> np.random.Generator:
         digest = blake2b(f"{self.seed}\n{self.epoch}\n{purpose}".encode(), digest_size=8).digest()
         return np.random.default_rng(int.from_bytes(digest, "little"))
 
-    def _stream(self, number: int) -> Iterator[int]:
-        """A task's rows in random order, again and again."""
-        random = self._generator(f"rows of {self.sources[number].name}")
-        while True:
-            yield from random.permutation(len(self.sources[number].rows)).tolist()
-
-    def _next_row(self, number: int, stream: Iterator[int], put_off: deque[int], seen: Seen) -> int:
-        """The next row that goes with those of the step, as an index into the concatenation."""
-        texts = self._texts[number]
-        if texts is None:
-            return int(self._starts[number]) + next(stream)
-        for _ in range(len(put_off)):  # those put off before come first
-            row = put_off.popleft()
-            if seen.goes_with(texts[row]):
-                break
-            put_off.append(row)
-        else:
-            while not seen.goes_with(texts[row := next(stream)]):
-                put_off.append(row)
-                if len(put_off) > max(LOOK_AHEAD, len(texts)):
-                    name = self.sources[number].name
-                    raise ValueError(
-                        f"Task {name!r} has too few different texts for a step of {self._step_sizes[number]} rows "
-                        "without repetition. Lower the batch size, or turn its in-batch negatives off: "
-                        f"Task({name!r}, ..., in_batch_negatives=False)."
-                    )
-        seen.add(texts[row])
-        return int(self._starts[number]) + row
+    def _row_order(self, number: int) -> RowOrder:
+        source = self.sources[number]
+        return RowOrder(len(source.rows), self._texts[number], self._generator(f"rows of {source.name}"))
 
 
-def apportion(shares: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers that add up to ``total``, nearest to the shares (the largest remainders are rounded up)."""
-    exact = shares * total
-    counts = np.floor(exact).astype(int)
-    for number in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:
-        counts[number] += 1
-    return counts
+def apportion(exact: np.ndarray, epoch: int) -> np.ndarray:
+    """Whole numbers with the sum of ``exact``, each rounded down or up, so that over the epochs they come out.
+
+    The fractions stand one after the other on a line, which is marked at distances of 1; whose fraction has a mark is
+    rounded up. From epoch to epoch the marks move on.
+    """
+    exact = np.round(exact, 9)  # sums of shares are not quite whole
+    whole = np.floor(exact)
+    ends = np.round(np.cumsum(exact - whole), 9)
+    marks = np.ceil(ends - (0.5 + epoch * GOLDEN) % 1)
+    return (whole + np.diff(marks, prepend=0)).astype(int)
 
 
 def text_numbers(rows: Dataset) -> np.ndarray:

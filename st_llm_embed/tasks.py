@@ -34,13 +34,17 @@ KINDS = {
     "bitext": (True, True),
 }
 
+# The prompts that sentence-transformers looks for: the first that a model has, even an empty one.
+QUERY, DOCUMENT, SIMILARITY = ("query",), ("document", "passage", "corpus"), ("similarity",)
+
 
 @dataclass(frozen=True)
 class Task:
     """One embedding task.
 
     Args:
-        name: the key of its data set and of its prompt in ``model.prompts``.
+        name: the key of its data set and of its prompt in ``model.prompts``; none of ``query``, ``document``,
+            ``passage``, ``corpus``, ``similarity``, which are every task's.
         instruction: one sentence that says what to do, such as "Given a question, retrieve passages that answer it".
         kind: ``retrieval``, ``sts``, ``classification``, ``clustering``, ``pair`` or ``bitext``.
         in_batch_negatives: whether the other rows' texts may serve as negatives. Default: by kind; off where another
@@ -49,8 +53,8 @@ class Task:
         weight: a factor on its share of the batches.
 
     Raises:
-        ValueError: for an unknown kind, an empty name or instruction, a negative number of negatives, or a weight that
-            is not positive.
+        ValueError: for an unknown kind, an empty or reserved name, an instruction that is empty or has ``{text}`` in
+            it, a negative number of negatives, or a weight that is not positive.
     """
 
     name: str
@@ -65,6 +69,16 @@ class Task:
             raise ValueError(f"Task {self.name!r} has kind={self.kind!r}. Valid kinds: {', '.join(KINDS)}.")
         if not self.name or not self.instruction:
             raise ValueError(f"A task needs a name and an instruction; got {self.name!r} and {self.instruction!r}.")
+        if self.name in (*QUERY, *DOCUMENT, *SIMILARITY):
+            raise ValueError(
+                f"A task cannot be called {self.name!r}: its prompt would be that of all queries, documents or texts, "
+                f"whatever the task. Give it a name of its own, such as 'my_{self.name}'."
+            )
+        if "{text}" in self.instruction:
+            raise ValueError(
+                f"Task {self.name!r} has '{{text}}' in its instruction {self.instruction!r}. The instruction is put "
+                "before the text: leave '{text}' out."
+            )
         if self.negatives is not None and self.negatives < 0:
             raise ValueError(f"Task {self.name!r} has negatives={self.negatives}. It must be 0 or more, or None.")
         if not 0 < self.weight < math.inf:
@@ -81,23 +95,29 @@ class Task:
     def prompt(self) -> str:
         return f"Instruct: {self.instruction}\nQuery: "
 
-    def column_prompts(self, columns: Iterable[str], model_prompts: Mapping[str, str]) -> dict[str, str]:
+    def column_prompts(
+        self, columns: Iterable[str], model_prompts: Mapping[str, str], default_prompt_name: str | None = None
+    ) -> dict[str, str]:
         """The prompt of each column that gets one, in a model with prompts of its own.
 
-        ``anchor`` is a query, the other columns are documents; a symmetric task's texts are all of one sort. What the
-        model's prompt for that sort has after the text (LLaRA's do) stays there.
+        ``anchor`` is a query, the other columns are documents, under the prompt that ``encode_document`` gives them; a
+        symmetric task's texts are all of one sort. What the model's prompt for queries or for such texts has after the
+        text (LLaRA's do) stays there.
         """
         prompts = {}
         for column in columns:
-            if self.symmetric:
-                prompt = before_text(self.prompt, model_prompts.get("similarity"))
-            elif column == "anchor":
-                prompt = before_text(self.prompt, model_prompts.get("query"))
+            if self.symmetric or column == "anchor":
+                prompt = self.encoding_prompt(model_prompts, default_prompt_name)
             else:
-                prompt = before_text("", model_prompts.get("document"))
+                prompt = prompt_of(DOCUMENT, model_prompts, default_prompt_name)
             if prompt:
                 prompts[column] = prompt
         return prompts
+
+    def encoding_prompt(self, model_prompts: Mapping[str, str], default_prompt_name: str | None = None) -> str:
+        """The prompt of the task's queries, or of its texts where all are of one sort."""
+        own = prompt_of(SIMILARITY if self.symmetric else QUERY, model_prompts, default_prompt_name)
+        return before_text(self.prompt, own)
 
     def column_sides(self, columns: Iterable[str]) -> dict[str, str]:
         """Which columns are cut as queries and which as documents; a symmetric task's texts are neither."""
@@ -136,19 +156,26 @@ def _spelled(name: str) -> str:
     return re.sub(r"(.)(pairclassification|classification|clustering|retrieval|reranking)$", r"\1", letters)
 
 
-def before_text(instruction: str, model_prompt: str | None) -> str:
+def prompt_of(names: Iterable[str], model_prompts: Mapping[str, str], default_prompt_name: str | None) -> str:
+    """What ``encode_query`` (of ``QUERY``) and ``encode_document`` (of ``DOCUMENT``) put before a text: the first of
+    these prompts that the model has, even an empty one, or else its default; "" for none."""
+    return model_prompts.get(next((name for name in names if name in model_prompts), default_prompt_name)) or ""
+
+
+def before_text(instruction: str, model_prompt: str) -> str:
     """``instruction`` before the text, and what ``model_prompt`` has after it."""
-    _, text, suffix = (model_prompt or "").partition("{text}")
+    _, text, suffix = model_prompt.partition("{text}")
     return instruction + text + suffix
 
 
-def encoding_prompts(tasks: Iterable[Task], model_prompts: Mapping[str, str]) -> dict[str, str]:
+def encoding_prompts(
+    tasks: Iterable[Task], model_prompts: Mapping[str, str], default_prompt_name: str | None = None
+) -> dict[str, str]:
     """What ``model.prompts`` gains by ``tasks``: one by name for each, and the first retrieval task's as ``query``,
     which ``encode_query`` uses."""
     prompts: dict[str, str] = {}
     for task in tasks:
-        sort = "similarity" if task.symmetric else "query"
-        prompts[task.name] = before_text(task.prompt, model_prompts.get(sort))
+        prompts[task.name] = task.encoding_prompt(model_prompts, default_prompt_name)
         if task.kind == "retrieval":
             prompts.setdefault("query", prompts[task.name])
     return prompts

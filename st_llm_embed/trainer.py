@@ -2,13 +2,14 @@
 
 With ``tasks``, NV-Embed's two stages (arXiv 2405.17428, section 4) differ in one switch: stage 1 uses in-batch
 negatives where the task allows them, stage 2 never does. Without ``tasks`` this is the host's trainer, with its data
-checked. Either way a loss that is not a number ends the run, and says where.
+checked and its streams shuffled. Either way what is given and would have no effect is refused, and a loss that is no
+number ends the run, and says where.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from sentence_transformers.base.data_collator import BaseDataCollator
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from st_llm_embed.collator import TaskCollator
-from st_llm_embed.data.columns import check_contrastive_columns, check_pretext_columns, text_columns
+from st_llm_embed.data.columns import check_classes, check_contrastive_columns, check_pretext_columns, text_columns
 from st_llm_embed.hub import publish
 from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
 from st_llm_embed.losses.instruction_contrastive import NONE
@@ -32,6 +34,7 @@ from st_llm_embed.sharding import prepare_for_sharding, whole_weights
 from st_llm_embed.tasks import Task, encoding_prompts
 from st_llm_embed.training_args import LLMEmbedTrainingArguments
 
+SHUFFLE_BUFFER = 10_000  # rows of a stream: those of some hundred documents
 AnyDataset = Dataset | IterableDataset | DatasetDict | dict[str, Dataset]
 
 
@@ -42,17 +45,19 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         model: the model to train.
         args: ``LLMEmbedTrainingArguments``; what they add to the host's is read with ``tasks`` only.
         train_dataset: with ``tasks``, a dict from task name to a data set of ``anchor``, ``positive``,
-            ``negative_1..n``, and perhaps ``label``, the class.
-        eval_dataset: likewise.
-        loss: as in the host. With ``tasks``, ``InstructionContrastiveLoss`` as ``args`` say, or one of your own, such
-            as ``MatryoshkaLoss`` around it.
+            ``negative_1..n``, and perhaps ``label``, the class. A stream is shuffled in a buffer of 10,000 rows.
+        eval_dataset: likewise, each with as many negatives as it has.
+        loss: as in the host. With ``tasks``, ``InstructionContrastiveLoss`` as ``args`` say, or one of your own: with
+            settings of its own, or around it, such as ``MatryoshkaLoss``.
         tasks: one ``Task`` for each data set.
         **kwargs: the host's other arguments.
 
     Raises:
-        ValueError: for data sets and tasks that do not match, misnamed columns, empty rows, a task that has neither
-            negatives of its own nor in-batch ones, ``tasks`` together with ``args.prompts`` or
-            ``args.router_mapping``, or blended prompts that the model's pooling cannot leave out.
+        ValueError: for data sets and tasks that do not match, misnamed columns, empty rows, labels that are no
+            classes, a task that has neither negatives of its own nor in-batch ones, ``tasks`` together with
+            ``args.prompts``, ``args.router_mapping``, a collator or a loss that does not read whose negatives are
+            whose, arguments without effect, blended prompts that the model's pooling cannot leave out, or neither
+            ``tasks`` nor a loss.
         FloatingPointError: in training, when the loss is not finite.
     """
 
@@ -64,56 +69,124 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         args: LLMEmbedTrainingArguments | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | None = None,
-        loss: nn.Module | None = None,
+        loss: nn.Module | dict[str, nn.Module] | Callable[[SentenceTransformer], nn.Module] | None = None,
         *,
         tasks: Sequence[Task] | None = None,
+        data_collator: BaseDataCollator | None = None,
         **kwargs: Any,
     ) -> None:
-        self.tasks = None if tasks is None else {task.name: task for task in tasks}
+        if not isinstance(args, LLMEmbedTrainingArguments | None):
+            raise ValueError(f"args is {type(args).__name__}. LLMEmbedTrainer takes LLMEmbedTrainingArguments.")
+        self.tasks = None if tasks is None else _by_name(tasks)
+        self.own_loss, self.own_collator = loss is not None, data_collator is not None
         if self.tasks is not None:
             if args is not None and (args.prompts or args.router_mapping):
                 raise ValueError(
                     "tasks= sets the prompts and the router mapping itself: leave out args.prompts and "
                     "args.router_mapping."
                 )
+            if data_collator is not None:
+                raise ValueError("tasks= brings its own collator: leave out data_collator.")
             args = _own_copy(args)
-            self.groups = {
-                name: place if _in_batch(task, args) else NONE for place, (name, task) in enumerate(self.tasks.items())
-            }
-            model_prompts = model.prompts if model is not None else {}
-            columns: dict[str, list[str]] = {}
-            for dataset in (train_dataset, eval_dataset):
-                if dataset is not None:
-                    columns |= self._check_tasks(dataset)
-            args.prompts = {name: self.tasks[name].column_prompts(own, model_prompts) for name, own in columns.items()}
-            # With it, the backbone's query_length and document_length hold in training as in encode_query.
-            args.router_mapping = {name: self.tasks[name].column_sides(own) for name, own in columns.items()}
-            # In blended batches each has as many columns as the task with the most, on every process.
-            self.num_negatives = max(map(len, columns.values())) - 2 if args.blended else None
-            if loss is None:
-                loss = InstructionContrastiveLoss(
-                    model,
-                    scale=1 / args.temperature,
-                    in_batch_negatives=any(group != NONE for group in self.groups.values()),
-                    false_negative_margin=args.false_negative_margin,
-                    mini_batch_size=args.mini_batch_size,
-                    gather_across_devices=args.gather_across_devices,
+            if isinstance(loss, dict) and args.blended:
+                raise ValueError(
+                    "In blended batches all tasks have one loss. Give one, or set blended=False for a loss by task."
                 )
-        elif isinstance(loss, PretextLoss):
-            for name, rows in _as_dict(train_dataset).items():
-                check_pretext_columns(rows, name)
-            if loss.prefix and (args is None or not args.prompts):
-                args = _own_copy(args)
-                args.prompts = {"text": loss.prefix + "{text}"}
-        super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
+            self.columns: dict[str, list[str]] = {}  # of text, that have been seen in each data set
+            self.num_negatives = 0
+            self._read_arguments(args)
+        elif isinstance(loss, PretextLoss) and loss.prefix and (args is None or not args.prompts):
+            args = _own_copy(args)
+            args.prompts = {"text": loss.prefix + "{text}"}
+        if args is not None:
+            args.demand_effect(tasks, self.own_loss)
+        super().__init__(model, args, train_dataset, eval_dataset, loss, data_collator=data_collator, **kwargs)
         if self.is_fsdp_enabled:
             prepare_for_sharding(self.model)
-        if tasks is not None:
-            _check_pooling(self.model, self.args)
-            self.model.prompts.update(encoding_prompts(tasks, self.model.prompts))
+        self._save_prompts()
 
-    def _check_tasks(self, dataset: AnyDataset) -> dict[str, list[str]]:
-        """Each data set's columns of text, after checking them."""
+    def _read_arguments(self, args: LLMEmbedTrainingArguments) -> None:
+        """The group in which a task's rows are each other's negatives."""
+        self.groups = {
+            name: place if args.in_batch(task) else NONE for place, (name, task) in enumerate(self.tasks.items())
+        }
+
+    def _save_prompts(self) -> None:
+        if self.tasks is not None:
+            self.model.prompts.update(_encoding_prompts(self.tasks, self.model))
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        # NOTE: with model_init each run makes a model, and a trial of a search sets its arguments only then.
+        super()._hp_search_setup(trial)
+        if self.model_init is None:
+            return
+        self.args.demand_effect(self.tasks and self.tasks.values(), self.own_loss)
+        if self.tasks is not None:
+            self._read_arguments(self.args)
+        if not self.own_collator:
+            self.data_collator = self.get_data_collator(self.model, self.args)
+        if not self.own_loss:
+            self.loss = self.prepare_loss(self.get_default_loss, self.model)
+        self._save_prompts()
+
+    def get_default_loss(self, model: SentenceTransformer) -> nn.Module:
+        if self.tasks is None:
+            return super().get_default_loss(model)
+        return InstructionContrastiveLoss(
+            model,
+            scale=1 / self.args.temperature,
+            in_batch_negatives=any(group != NONE for group in self.groups.values()),
+            false_negative_margin=self.args.false_negative_margin,
+            mini_batch_size=self.args.mini_batch_size,
+            gather_across_devices=self.args.gather_across_devices,
+        )
+
+    def prepare_loss(
+        self, loss: Callable[[SentenceTransformer], nn.Module] | nn.Module, model: SentenceTransformer
+    ) -> nn.Module:
+        loss = super().prepare_loss(loss, model)
+        if self.tasks is None:
+            return loss
+        inner = _contrastive_loss(loss)
+        if inner is None:
+            raise ValueError(
+                f"{type(loss).__name__} does not read which rows are each other's negatives, which texts are missing "
+                "and which classes there are, as tasks= demand. Fix: InstructionContrastiveLoss(model), which is "
+                "MultipleNegativesRankingLoss where in-batch negatives are on, alone or inside a loss such as "
+                "MatryoshkaLoss; or train without tasks=, with prompts= in the arguments."
+            )
+        if in_batch := [name for name, group in self.groups.items() if group != NONE and not inner.in_batch_negatives]:
+            raise ValueError(
+                f"The tasks {in_batch} have in-batch negatives, and the loss has none: in_batch_negatives=False. Fix: "
+                "InstructionContrastiveLoss(model), or in_batch_negatives=False in the training arguments."
+            )
+        return loss
+
+    def override_model_in_loss(self, loss: nn.Module, model: nn.Module) -> nn.Module:
+        # It reads the model when it is made. With model_init, each run has another model; other wrappers keep it.
+        if isinstance(loss, PretextLoss) and isinstance(model, SentenceTransformer):
+            return type(loss)(model, lm_head=loss.lm_head, **loss.get_config_dict())
+        return super().override_model_in_loss(loss, model)
+
+    def preprocess_dataset(
+        self, dataset: AnyDataset | None = None, dataset_name: str | None = None
+    ) -> Dataset | IterableDataset | DatasetDict | None:
+        if isinstance(dataset, dict):
+            # The host sets its transform on the data sets it gets: the caller's stay as they are.
+            dataset = DatasetDict({name: copy.copy(rows) for name, rows in dataset.items()})
+        training = dataset_name == "train"
+        if dataset is not None and self.tasks is not None:
+            self._read_tasks(dataset, training)
+        elif dataset is not None:
+            self._check_columns(dataset, training)
+        if training and isinstance(dataset, IterableDataset):
+            dataset = dataset.shuffle(seed=self.args.seed, buffer_size=SHUFFLE_BUFFER)
+        return super().preprocess_dataset(dataset, dataset_name)
+
+    def _read_tasks(self, dataset: AnyDataset, training: bool) -> None:
+        """Check the tasks' data sets, and give their columns prompts."""
+        if isinstance(dataset, Dataset) and len(dataset) and "dataset_name" in dataset[0]:
+            return  # one of a dict that has been here
         if not isinstance(dataset, dict):
             raise ValueError(
                 f"tasks= needs a dict of data sets by task name, such as {{{next(iter(self.tasks))!r}: dataset}}; got "
@@ -122,20 +195,64 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         if unknown := sorted(set(dataset) - set(self.tasks)):
             raise ValueError(f"The data sets {unknown} have no task. Tasks: {sorted(self.tasks)}.")
         for name, rows in dataset.items():
-            check_contrastive_columns(rows, name, self.tasks[name].negatives)
-            if self.groups[name] == NONE and len(text_columns(rows.column_names)) == 2:
+            check_contrastive_columns(rows, name, self.tasks[name].negatives if training else None)
+            columns = text_columns(rows.column_names)
+            if training and "label" in rows.column_names:
+                check_classes(rows, name, several=True)
+            if self.groups[name] == NONE and len(columns) == 2:
                 raise ValueError(
                     f"Task {name!r} is trained without in-batch negatives, and its data set has no negatives. Mine "
                     "some (st-llm-embed mine), or allow in-batch ones in stage 1: "
                     f"Task({name!r}, ..., in_batch_negatives=True)."
                 )
-        return {name: text_columns(rows.column_names) for name, rows in dataset.items()}
+            self.columns[name] = list(dict.fromkeys([*self.columns.get(name, []), *columns]))
+            if training and self.args.blended:
+                # Each batch has as many columns as the task with the most, on every process.
+                self.num_negatives = max(self.num_negatives, len(columns) - 2)
+        self.data_collator = self.get_data_collator(self.model, self.args)
+        if training and self.args.blended:
+            prompts = [
+                {column: self.args.prompts[name].get(column) for column in text_columns(rows.column_names)}
+                for name, rows in dataset.items()
+            ]
+            if any(own != prompts[0] for own in prompts) and leaves_out_one_prompt(self.model):
+                raise ValueError(
+                    "blended=True puts rows of different prompts into a batch, and Pooling(include_prompt=False) can "
+                    "leave out only one prompt for all of them. Set blended=False, pool the prompts too "
+                    "(model.set_pooling_include_prompt(True)), or make the model with build_model."
+                )
+
+    def _check_columns(self, dataset: AnyDataset, training: bool) -> None:
+        """What the data sets of a loss without tasks have in them."""
+        losses = self.loss if isinstance(self.loss, dict) else {}
+        for name, rows in (
+            dataset if isinstance(dataset, dict) else {"train" if training else "eval": dataset}
+        ).items():
+            loss = losses.get(name, self.loss)
+            labels = [
+                column for column in self.data_collator.valid_label_columns if column in (rows.column_names or [])
+            ]
+            if isinstance(loss, PretextLoss):
+                check_pretext_columns(rows, name)
+            elif labels and _contrastive_loss(loss) is not None:
+                check_classes(rows, name, labels[0], several=training)
+            elif not self.own_loss and (not labels or list(rows.column_names)[:2] == ["anchor", "positive"]):
+                raise ValueError(
+                    f"Data set {name!r} has neither a task nor a loss. Pass tasks=[Task({name!r}, 'what to do, in one "
+                    f"sentence')] and the data set as {{{name!r}: dataset}}, or a loss=."
+                )
 
     def get_data_collator(
         self, model: SentenceTransformer, args: LLMEmbedTrainingArguments, processing_class: Any = None
     ) -> BaseDataCollator:
         if self.tasks is None:
             return super().get_data_collator(model, args, processing_class)
+        prompts = model.prompts | _encoding_prompts(self.tasks, model)
+        args.prompts, args.router_mapping = {}, {}
+        for name, columns in self.columns.items():
+            args.prompts[name] = self.tasks[name].column_prompts(columns, prompts, model.default_prompt_name)
+            # With it, the backbone's query_length and document_length hold in training as in encode_query.
+            args.router_mapping[name] = self.tasks[name].column_sides(columns)
         return TaskCollator(
             preprocess_fn=model.preprocess,
             prompts=args.prompts,
@@ -162,6 +279,16 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             self.args.sampling_temperature,
             seed,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        output = super().train(*args, **kwargs)
+        if self.state.global_step == 0 < self.state.max_steps:
+            raise ValueError(
+                "Nothing was trained: the data gave no batch. Look at the rows that the stream gives, "
+                f"per_device_train_batch_size={self.args.per_device_train_batch_size} and dataloader_drop_last="
+                f"{self.args.dataloader_drop_last}."
+            )
+        return output
 
     def compute_loss(
         self,
@@ -246,27 +373,22 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         )
 
 
-def _in_batch(task: Task, args: LLMEmbedTrainingArguments) -> bool:
-    if args.in_batch_negatives is not None:
-        return args.in_batch_negatives
-    return args.stage == 1 and bool(task.in_batch_negatives)
+def _by_name(tasks: Sequence[Task]) -> dict[str, Task]:
+    by_name = {task.name: task for task in tasks}
+    if len(by_name) < len(tasks) or not tasks:
+        raise ValueError(f"tasks= takes one task or more, each with a name of its own; got {[t.name for t in tasks]}.")
+    return by_name
 
 
-def _check_pooling(model: SentenceTransformer, args: LLMEmbedTrainingArguments) -> None:
-    """The host's pooling leaves one prompt out of a whole batch: with several it would pool them without a word."""
-    several = len({frozenset(prompts.items()) for prompts in args.prompts.values()}) > 1
-    if args.blended and several and leaves_out_one_prompt(model):
-        raise ValueError(
-            "blended=True puts rows of different prompts into a batch, and Pooling(include_prompt=False) can leave "
-            "out only one prompt for all of them. Set blended=False, pool the prompts too "
-            "(model.set_pooling_include_prompt(True)), or use LatentAttentionPooling (recipe 'nv-embed')."
-        )
+def _encoding_prompts(tasks: Mapping[str, Task], model: SentenceTransformer) -> dict[str, str]:
+    return encoding_prompts(tasks.values(), model.prompts, model.default_prompt_name)
+
+
+def _contrastive_loss(loss: nn.Module) -> InstructionContrastiveLoss | None:
+    """The loss itself, or the one that it is around."""
+    return next((module for module in loss.modules() if isinstance(module, InstructionContrastiveLoss)), None)
 
 
 def _own_copy(args: LLMEmbedTrainingArguments | None) -> LLMEmbedTrainingArguments:
     """Arguments to set the prompts of: the caller's stay as they are."""
     return copy.copy(args) if args else LLMEmbedTrainingArguments(output_dir="tmp_trainer")
-
-
-def _as_dict(dataset: AnyDataset | None) -> dict[str, Dataset | IterableDataset]:
-    return dataset if isinstance(dataset, dict) else {} if dataset is None else {"train": dataset}

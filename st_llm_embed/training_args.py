@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers.trainer_utils import HubStrategy
+
+from st_llm_embed.tasks import Task
+
+OF_THE_LOSS = ("temperature", "false_negative_margin", "mini_batch_size", "gather_across_devices")
+OF_IN_BATCH_NEGATIVES = ("false_negative_margin", "gather_across_devices")
+OF_THE_HOSTS_BATCHES = ("batch_sampler", "multi_dataset_batch_sampler")
+NOT_OF_THE_HOST = ("label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy")
 
 
 @dataclass
@@ -59,3 +67,47 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
                 "package is installed; sealed they could not be resumed from. Use hub_strategy='end', which publishes "
                 "the model once, when save_model or push_to_hub is called."
             )
+
+    def in_batch(self, task: Task) -> bool:
+        """Whether a task's rows are each other's negatives."""
+        if self.in_batch_negatives is not None:
+            return self.in_batch_negatives
+        return self.stage == 1 and bool(task.in_batch_negatives)
+
+    def idle(self, tasks: Collection[Task] | None, own_loss: bool) -> dict[str, str]:
+        """The arguments that have no effect on a trainer, each with the reason and what to do instead.
+
+        Args:
+            tasks: the trainer's.
+            own_loss: whether it is given a loss.
+        """
+        idle = dict.fromkeys(NOT_OF_THE_HOST, "sentence-transformers' trainer does not take it. Leave it out")
+        idle["data_seed"] = "the order of the rows is that of seed. Set that"
+        if tasks is None:
+            why = "it is read with tasks=[Task(...), ...] only. Give a loss of your own its settings itself"
+            return idle | dict.fromkeys(OF_TASKS, why)
+        why = "tasks= make the batches. Set blended, sampling_temperature or the tasks' weights instead"
+        idle |= dict.fromkeys(OF_THE_HOSTS_BATCHES, why)
+        if not any(map(self.in_batch, tasks)):
+            idle |= dict.fromkeys(OF_IN_BATCH_NEGATIVES, "no task has in-batch negatives in this stage. Leave it out")
+        if own_loss:
+            why = "the loss is one of your own. Give it the setting: InstructionContrastiveLoss(model, scale=1 / 0.02)"
+            idle |= dict.fromkeys(OF_THE_LOSS, why)
+        return idle
+
+    def demand_effect(self, tasks: Collection[Task] | None, own_loss: bool) -> None:
+        """
+        Raises:
+            ValueError: for an argument that is ``idle`` and not at its default.
+        """
+        defaults = {known.name: known.default for known in fields(self)} | {"blended": self.stage == 2}
+        for name, why in self.idle(tasks, own_loss).items():
+            value = getattr(self, name, None)
+            if name in defaults and value != defaults[name]:  # transformers 5.2 does not know all
+                raise ValueError(f"The training argument {name}={value!r} has no effect: {why}.")
+
+
+OF_TASKS = tuple(
+    {known.name for known in fields(LLMEmbedTrainingArguments)}
+    - {known.name for known in fields(SentenceTransformerTrainingArguments)}
+)

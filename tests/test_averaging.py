@@ -110,3 +110,6 @@ def test_models_that_are_not_one_are_refused(checkpoints, tmp_path):
         average_checkpoints(checkpoints, tmp_path / "out", "mean")
     with pytest.raises(ValueError, match="must be 3 positive numbers"):
         average_checkpoints(checkpoints, tmp_path / "out", weights=[1, 0, 1])
+    for wrong in (math.nan, math.inf, -1):
+        with pytest.raises(ValueError, match="must be 3 positive numbers"):
+            average_checkpoints(checkpoints, tmp_path / "out", weights=[1, wrong, 1])

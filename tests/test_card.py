@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from conftest import save_llm, train_tokenizer
 from hub_server import card_errors
 from huggingface_hub import metadata_load
 from sentence_transformers.base.model_card import generate_model_card
+from tokenizers.processors import TemplateProcessing
 
 from st_llm_embed import build_model
 from st_llm_embed.card import describe, finish_card, inherit_license
@@ -42,6 +44,38 @@ def test_the_licence_is_the_bases_unless_it_is_given(llm, tmp_path):
     plain = build_model(llm, "mean")
     inherit_license(plain)
     assert plain.model_card_data.license is None
+
+
+@pytest.mark.parametrize("metadata", ["license:\tmit", "license: [mit", "license: mit: x", "- a\n- b"])
+def test_a_card_that_cannot_be_read(llm, tmp_path, caplog, metadata):
+    broken = f"---\n{metadata}\n---\n# A model\n"
+    base = shutil.copytree(llm, tmp_path / "base")
+    (base / "README.md").write_text(broken)
+    model = build_model(base, "mean")
+    inherit_license(model)
+    assert model.model_card_data.license is None
+    file = tmp_path / "README.md"
+    file.write_text(broken)
+    finish_card(file, model, "", has_code=False)
+    assert "has metadata that cannot be read" in caplog.text
+    assert metadata_load(file)["pipeline_tag"] == "sentence-similarity" and "## What this is" in file.read_text()
+
+
+def test_prompts_of_any_characters_fit_into_the_cards_table(llm):
+    model = build_model(llm, "last-token")
+    model.prompts = {"query": "a|b `c` ``d`` ", "q/é \n|": "{not} x {", "document": ""}
+    rows = [line for line in describe(model, False).splitlines() if "encode" in line and line.startswith("| `")]
+    assert rows == [
+        "| `query` | ``` 'a\\|b `c` ``d`` ' ``` | `model.encode_query(texts)` |",
+        "| `q/é \\n\\|` | `'{not} x {'` | `model.encode(texts, prompt_name=\"q/é \\n\\|\")` |",
+    ]
+
+
+def test_a_card_names_the_token_that_its_tokenizer_ends_texts_with(llm, tmp_path):
+    tokenizer = train_tokenizer()
+    ends = TemplateProcessing(single="$A <unk>", special_tokens=[("<unk>", 0)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    assert "the token `<unk>`" in describe(build_model(save_llm(tmp_path, tokenizer=tokenizer), "mean"), False)
 
 
 def test_a_card_is_finished_once_and_keeps_its_other_parts(llm, tmp_path):

@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import save_llm
 
 from st_llm_embed import __version__
@@ -73,6 +75,25 @@ def test_a_used_output_folder_is_refused_at_once(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["demo", "--output", str(tmp_path)]) == 2
     assert "exists and is not an empty folder" in capsys.readouterr().err
+
+
+def test_faults_of_files_are_one_message(tmp_path, capsys):
+    """Not YAML, weights of nothing, weights that would run code."""
+    (tmp_path / "config.yaml").write_text("output:\t[a\n\t- b: {")
+    pickled, empty = tmp_path / "pickled", tmp_path / "empty"
+    for folder in (pickled, empty):
+        save_llm(folder)
+        (folder / "model.safetensors").unlink()
+    torch.save({"x": Path}, pickled / "pytorch_model.bin")
+    (empty / "model.safetensors").write_bytes(b"")
+    for command, message in (
+        (["train", str(tmp_path / "config.yaml")], "config.yaml is not a YAML file"),
+        (["demo", "--smoke", "--base", str(empty), "--output", str(tmp_path / "out")], "header"),
+        (["demo", "--smoke", "--base", str(pickled), "--output", str(tmp_path / "out")], ""),
+    ):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert message in error and "st-llm-embed: error: " in error and "Traceback" not in error
 
 
 def test_help_and_version_are_quick_and_true(capsys):

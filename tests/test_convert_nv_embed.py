@@ -184,13 +184,14 @@ def test_checkpoints_that_do_not_fit_are_refused_before_anything_is_written(tmp_
     def broken(name: str, source: Path = good) -> Path:
         return Path(shutil.copytree(source, tmp_path / name))
 
-    extra, lacking, wide, other, half, pickled, escaping = map(
-        broken, "abcdefg", [good, good, good, good, sharded, good, sharded]
+    extra, lacking, wide, other, half, pickled, escaping, sizeless = map(
+        broken, "abcdefgh", [good, good, good, good, sharded, good, sharded, good]
     )
     rewrite(extra, lambda weights: weights.update({"embedding_model.rotary": torch.zeros(1), "head": torch.zeros(1)}))
     rewrite(lacking, lambda weights: weights.pop("latent_attention_model.latents"))
     rewrite(wide, lambda weights: weights.update({"latent_attention_model.latents": torch.zeros(6, 48)}))
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (sizeless / "config.json").write_text(json.dumps({"model_type": "nvembed"}))
     (half / "model-00002-of-00003.safetensors").unlink()
     (pickled / "model.safetensors").unlink()
     torch.save({"x": Path}, pickled / "pytorch_model.bin")  # a class, which a pickle may run
@@ -202,6 +203,7 @@ def test_checkpoints_that_do_not_fit_are_refused_before_anything_is_written(tmp_
         (lacking, ValueError, "missing tensors: latent_attention_model.latents"),
         (wide, ValueError, r"latents is \(6, 48\), not \(6, 32\)"),
         (other, ValueError, "holds a 'llama' model"),
+        (sizeless, ValueError, "has no text_config with the LLM's sizes"),
         (half, FileNotFoundError, r"lacks \['model-00002-of-00003.safetensors'\]. Finish the download"),
         (pickled, pickle.UnpicklingError, "Weights only load failed"),
         (escaping, ValueError, "names files outside its folder"),
@@ -213,6 +215,30 @@ def test_checkpoints_that_do_not_fit_are_refused_before_anything_is_written(tmp_
     (tmp_path / "full" / "file").touch()
     with pytest.raises(FileExistsError, match="is not an empty folder"):
         convert_nv_embed(good, tmp_path / "full")
+
+
+def test_the_card_names_the_release_and_no_path(tmp_path):
+    """The published card advises to write the folder's path into config.json."""
+    source = checkpoint(tmp_path / "downloaded")
+    settings = json.loads((source / "config.json").read_text())
+    for path, release in ((str(source), "2"), ("./models/NV-Embed-v1", "1"), ("models/mine", "2"), (None, "2")):
+        (source / "config.json").write_text(json.dumps({**settings, "_name_or_path": path}))
+        card = (convert_nv_embed(source, tmp_path / f"{path}".replace("/", "_")) / "README.md").read_text()
+        assert (
+            f"base_model: nvidia/NV-Embed-v{release}\n" in card and str(tmp_path) not in card and "models" not in card
+        )
+
+
+@pytest.mark.parametrize("most", [torch.bfloat16, torch.float16])
+def test_the_precision_is_that_of_most_of_the_llm(tmp_path, most):
+    """Not that of whichever tensor comes first: norms and the latent layer may be in float32."""
+    source = checkpoint(tmp_path / "mixed")
+    weights = load_file(source / "model.safetensors")
+    half = {name: t.to(most) for name, t in weights.items() if name.startswith("embedding_model") and t.ndim > 1}
+    save_file({**weights, **half}, source / "model.safetensors")
+    folder = convert_nv_embed(source, tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(most).removeprefix("torch.")
+    assert SentenceTransformer(str(folder), trust_remote_code=True).transformers_model.dtype == most
 
 
 def test_every_published_name_has_one_here():

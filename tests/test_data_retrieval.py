@@ -20,6 +20,7 @@ from st_llm_embed.data import (
     from_ms_marco,
     from_ms_marco_triples,
 )
+from st_llm_embed.data.beir import read_qrels
 
 PLAIN_OR_GZ = pytest.mark.parametrize("suffix", ["", ".gz"])
 
@@ -114,7 +115,7 @@ def test_a_stream_gives_the_same_rows_and_counts_every_time(tmp_path):
 
 def test_what_beir_lacks_is_named(tmp_path):
     folder = write_beir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"qrels/dev.tsv does not exist. Splits of .*: train"):
+    with pytest.raises(FileNotFoundError, match=r"Neither .*qrels/dev.tsv nor dev.tsv.gz exists. Splits of .*: train"):
         from_beir(folder, split="dev")
     write(folder / "qrels" / "none.tsv", "query-id\tcorpus-id\tscore\n")
     with pytest.raises(ValueError, match="No row is left of what was read: the source is empty"):
@@ -443,3 +444,60 @@ def test_real_pairs_keep_what_is_sound(shared):
     assert len(raw) == counts["read"] == counts["rows"] + counts["duplicates"] + counts["identical"] == 14809
     with pytest.raises(ValueError, match=r"Line 52 of .*has 0 negatives, and negatives=1 asks for 1"):
         from_columns(shared / "data" / "trecqa" / "train.jsonl.gz", negatives=["negative"])
+
+
+@pytest.mark.parametrize(
+    "header", ["", "query-id\tcorpus-id\tscore\n", "query-id\titer\tcorpus-id\tscore\n", "\n\nq d s\n"]
+)
+@pytest.mark.parametrize("form", ["{q}\t{d}\t{s}\n", "{q} {d} {s}\n", "{q} 0 {d} {s}\n", "{q}\t0\t{d}\t{s}.0\r\n"])
+@PLAIN_OR_GZ
+def test_judgements_in_every_form(tmp_path, header, form, suffix):
+    lines = [("q1", "d1", 2), ("q1", "d2", -1), ("3", "3", 0)]
+    file = write(
+        tmp_path / f"test.tsv{suffix}", "\ufeff" + header + "".join(form.format(q=q, d=d, s=s) for q, d, s in lines)
+    )
+    assert list(read_qrels(file)) == lines
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "one"])
+def test_a_judgement_that_is_no_number_is_named(tmp_path, score):
+    file = write(tmp_path / "test.tsv", f"query-id\tcorpus-id\tscore\nq\td\t{score}\n")
+    with pytest.raises(ValueError, match="Line 2 of .*test.tsv is neither"):
+        list(read_qrels(file))
+
+
+def test_beir_files_are_read_as_beir_reads_them(tmp_path):
+    """Whole numbers for ids, the last of two lines with one id, no title of a query, judgements in .gz."""
+    write(tmp_path / "corpus.jsonl", json_lines([{"_id": 1, "text": "old"}, {"_id": 1, "title": "T", "text": "new"}]))
+    write(tmp_path / "queries.jsonl", json_lines([{"_id": 7, "title": "not read", "text": "q"}]))
+    write(tmp_path / "qrels" / "train.tsv.gz", "7\t1\t1\n")
+    assert tuples(from_beir(tmp_path)) == [("q", "T new")]
+    for wrong in (None, 1.5, ["1"]):
+        write(tmp_path / "queries.jsonl", json_lines([{"_id": wrong, "text": "q"}]))
+        with pytest.raises(
+            ValueError, match="Line 1 of .*queries.jsonl has the '_id' .*Ids are text or whole numbers"
+        ):
+            from_beir(tmp_path)
+    write(tmp_path / "queries.jsonl", json_lines([{"_id": 7, "text": 5}]))
+    with pytest.raises(ValueError, match="Line 1 of .*queries.jsonl has 5 where text is expected"):
+        from_beir(tmp_path)
+
+
+def test_spellings_of_one_text_are_one_text():
+    """White space and the forms of Unicode make no other text; capitals do."""
+    rows = [
+        {
+            "query": "where is the café?",
+            "pos": ["the\tcafé  is here"],
+            "neg": ["the cafe\u0301 is here", "n1", " n1 ", "N1"],
+        },
+        {"query": "where is the cafe\u0301?", "pos": ["the café is here "], "neg": ["n1", "N1"]},
+        {"query": "ﬁsh", "pos": ["fish", "a fish"], "neg": ["n1", "N1", "ﬁsh"]},
+    ]
+    counts = Counter()
+    made = from_judged_queries(Dataset.from_list(rows), negatives=2, counts=counts)
+    assert tuples(made) == [
+        ("where is the café?", "the\tcafé  is here", "n1", "N1"),
+        ("ﬁsh", "a fish", "n1", "N1"),
+    ]
+    assert +counts == {"read": 3, "rows": 2, "contradictions": 2, "duplicates": 2, "identical": 1}

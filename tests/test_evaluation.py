@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from math import log2
@@ -122,6 +123,175 @@ def test_retrieval_figure_is_that_of_pytrec_eval_and_of_the_formula(folders, mod
         grades = judged[f"q{i}"]
         by_hand.append(dcg([grades.get(f"d{j}", 0) for j in np.argsort(-row)]) / dcg([2, 1, 0]))
     assert found == pytest.approx(np.mean(by_hand), abs=1e-4)
+
+
+def beir_ndcg(model: SentenceTransformer, corpus: dict[str, str], queries: dict[str, str], judged: dict) -> float:
+    """nDCG@10 as BEIR's own evaluation has it: ids that are the query's left out, judgements as they are."""
+    asked = [query for query in queries if query in judged]
+    scores = model.similarity(
+        model.encode_query([queries[query] for query in asked], prompt=model.prompts["questions"]),
+        model.encode_document(list(corpus.values())),
+    ).tolist()
+    run = {
+        query: {document: score for document, score in zip(corpus, row, strict=True) if document != query}
+        for query, row in zip(asked, scores, strict=True)
+    }
+    figures = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(run)
+    return float(np.mean([own["ndcg_cut_10"] for own in figures.values()]))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_an_odd_retrieval_set_has_the_figure_of_beir(model_folder, tmp_path, suffix):
+    """Missing documents, queries without a relevant one or without judgements, ids twice, null titles, empty texts."""
+    folder = tmp_path / "questions"
+    documents = [
+        {"_id": i, "title": text(7, i) if i % 2 else None, "text": text(0, i) if i else ""} for i in range(40)
+    ]
+    lines(folder / f"corpus.jsonl{suffix}", [*documents, {"_id": 5, "title": "", "text": text(8, 5)}])
+    asked = [{"_id": f"q{i}", "title": "not read", "text": text(1, i) if i else ""} for i in range(12)]
+    lines(folder / f"queries.jsonl{suffix}", [*asked, {"_id": "q4", "text": text(8, 4)}])
+    judged = {f"q{i}": {f"{(7 * i + k) % 40}": 2 - k for k in range(3)} for i in range(8)}
+    judged["q0"]["gone"] = 3  # counts as not found
+    judged["q8"] = {"1": 0, "2": 0}  # counts as 0
+    judged["q99"] = {"1": 1}  # not asked
+    rows = [
+        f"{query}\t{document}\t{grade}\n" for query, grades in judged.items() for document, grade in grades.items()
+    ]
+    content = "\nquery-id\tcorpus-id\tscore\n" + "".join(rows)
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / f"test.tsv{suffix}").write_bytes(
+        gzip.compress(content.encode()) if suffix else content.encode()
+    )
+    corpus = {f"{row['_id']}": f"{row['title'] or ''} {row['text']}".strip() for row in documents} | {"5": text(8, 5)}
+    queries = {row["_id"]: row["text"] for row in asked} | {"q4": text(8, 4)}
+    model = SentenceTransformer(str(model_folder), trust_remote_code=True)
+    found = evaluate(model_folder, [folder], tmp_path / "results").results[0].get_score()
+    assert found == pytest.approx(beir_ndcg(model, corpus, queries, judged), abs=1e-4)
+    # With grades below 0 alone, which mean what 0 means, and on which pytrec_eval crashes.
+    if not suffix:
+        with (folder / "qrels" / "test.tsv").open("a") as file:
+            file.writelines(f"q{i}\t{k}\t-{k}\n" for i in range(9, 12) for k in range(1, 3))
+        nothing = {f"q{i}": {"1": 0, "2": 0} for i in range(9, 12)}
+        found = evaluate(model_folder, [folder], tmp_path / "results").results[0].get_score()
+        assert found == pytest.approx(beir_ndcg(model, corpus, queries, judged | nothing), abs=1e-4)
+
+
+@pytest.mark.parametrize("title", ["", "how do I parse"])
+def test_a_query_that_is_a_document_is_no_answer_to_itself(model_folder, tmp_path, title):
+    """ArguAna, Quora. Not where both files number their lines: there a query's answer may have its number."""
+    documents = [{"_id": i, "title": title, "text": text(0, i)} for i in range(30)]
+    corpus = {f"{i}": f"{title} {text(0, i)}".strip() for i in range(30)}
+    model = SentenceTransformer(str(model_folder), trust_remote_code=True)
+
+    def figure(name: str, queries: dict[str, str], judged: dict[str, dict[str, int]]) -> float:
+        folder = tmp_path / name / "questions"
+        lines(folder / "corpus.jsonl", documents)
+        lines(folder / "queries.jsonl", [{"_id": query, "text": asked} for query, asked in queries.items()])
+        (folder / "qrels").mkdir()
+        rows = [f"{query}\t{document}\t1\n" for query, grades in judged.items() for document in grades]
+        (folder / "qrels" / "test.tsv").write_text("".join(rows))
+        return evaluate(model_folder, [folder], tmp_path / name / "results").results[0].get_score()
+
+    judged = {f"{i}": {f"{i + 12}": 1} for i in range(12)}
+    queries = {f"{i}": f" {text(0, i)}" for i in range(12)}  # in another spelling
+    assert figure("own", queries, judged) == pytest.approx(beir_ndcg(model, corpus, queries, judged), abs=1e-4)
+    numbered = {f"{i}": text(1, i) for i in range(12)}
+    kept = {f"q{query}": asked for query, asked in numbered.items()}
+    for name, pairs in {"same": {f"{i}": {f"{i}": 1} for i in range(12)}, "other": judged}.items():
+        expected = beir_ndcg(model, corpus, kept, {f"q{query}": grades for query, grades in pairs.items()})
+        assert expected > 0 and figure(name, numbered, pairs) == pytest.approx(expected, abs=1e-4)
+
+
+def test_data_that_changed_have_new_figures_and_each_split_its_own(model_folder, tmp_path):
+    """Corrected files, another folder of the same name, splits one after the other: all into one output."""
+
+    def figure(folder, output="kept", split="test"):
+        return evaluate(model_folder, [folder], tmp_path / output, split=split).results[0].get_score()
+
+    pairs = [{"sentence1": text(2, i), "sentence2": text(3, i), "score": i % 6} for i in range(30)]
+    turned = [{**row, "score": -row["score"]} for row in pairs]
+    folder = tmp_path / "similar"
+    lines(folder / "test.jsonl", pairs)
+    first = figure(folder)
+    lines(folder / "test.jsonl", turned)
+    assert figure(folder) == figure(folder, "fresh") == pytest.approx(-first, abs=1e-4) != first
+    lines(tmp_path / "elsewhere" / "similar" / "test.jsonl.gz", pairs)
+    assert figure(tmp_path / "elsewhere" / "similar") == first
+    assert figure(folder) == pytest.approx(-first, abs=1e-4)
+    lines(folder / "dev.jsonl", pairs)
+    figures = [figure(folder, split=split) for split in ("test", "dev", "test", "dev")]
+    assert figures == pytest.approx([-first, first] * 2, abs=1e-4)
+    retrieval = make_retrieval(tmp_path / "questions")
+    before = figure(retrieval)
+    for file in ("corpus.jsonl", "qrels/test.tsv"):
+        rows = (retrieval / file).read_text().splitlines()
+        (retrieval / file).write_text("\n".join(rows[:-9]) + "\n")
+        assert figure(retrieval) == figure(retrieval, f"fresh {file}") != before
+
+
+def test_another_version_of_this_package_computes_anew(model_folder, folders, tmp_path, monkeypatch):
+    """It may read the same files otherwise."""
+    evaluate(model_folder, [folders / "Banking77"], tmp_path)
+    monkeypatch.setattr("st_llm_embed.evaluation.local_tasks.__version__", "another")
+    encoded = []
+    encode = PromptedEncoder.encode
+    monkeypatch.setattr(
+        PromptedEncoder, "encode", lambda self, *args, **kwargs: encoded.append(1) or encode(self, *args, **kwargs)
+    )
+    evaluate(model_folder, [folders / "Banking77"], tmp_path)
+    assert encoded
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"test": [{"sentence1": "a", "sentence2": "b", "score": "1"}]}, "Line 1 of .*test.jsonl has '1' in 'score'"),
+        (
+            {"test": [{"sentence1": "a", "sentence2": "b", "score": 1}, {"sentence1": "a", "sentence2": None}]},
+            "Line 2 of .*test.jsonl has None in 'sentence2', where text is expected",
+        ),
+        (
+            {"test": [{"sentence1": "a", "sentence2": "b", "score": float("nan")}]},
+            "Line 1 of .* has nan in 'score'. Scores are numbers",
+        ),
+        ({"test": [{"sentence1": "a", "sentence2": "b", "score": 1}] * 3}, r"test.jsonl has \[1\] alone in 'score'"),
+        ({"test": [{"sentence1": "a", "sentence2": "b", "label": "1"}]}, "Line 1 of .* has '1' in 'label'"),
+        ({"test": [{"text": "a", "label": "x"}, {"text": "b", "label": None}]}, "Line 2 of .* has None in 'label'"),
+        ({"test": [{"text": "a", "label": ["x"]}]}, r"Line 1 of .* has \['x'\] in 'label'"),
+        ({"test": [{"text": "a", "label": "x"}, {"text": 3, "label": "x"}]}, "Line 2 of .* has 3 in 'text'"),
+        (
+            {"test": [{"text": "a", "label": "x"}], "train": [{"text": "b", "label": 1}, {"text": "c", "label": 2}]},
+            "has labels of text and of numbers",
+        ),
+        (
+            {"test": [{"text": "a", "label": "x"}], "train": [{"text": "b", "label": "x"}]},
+            r"train.jsonl has \['x'\] alone in 'label': there is nothing to tell apart",
+        ),
+    ],
+)
+def test_a_line_that_is_no_text_or_judgement_is_named_before_the_work(folders, tmp_path, files, message):
+    for split, rows in files.items():
+        lines(tmp_path / "set" / f"{split}.jsonl", rows)
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path / "no model", [folders / "similar", tmp_path / "set"], tmp_path / "results")
+
+
+def test_columns_that_a_task_does_not_read_may_hold_anything(tmp_path):
+    rows = [{"text": f"a {i}", "label": i % 2, "id": i if i % 2 else "x", "meta": [None, {}][i % 2]} for i in range(4)]
+    lines(tmp_path / "set" / "test.jsonl", rows)
+    task = local_task(tmp_path / "set")
+    task.load_data()
+    assert task.dataset["default"]["test"].column_names == ["text", "label"]
+
+
+def test_a_trainers_folder_is_evaluated_as_it_lies_there(folders, model_folder, tmp_path):
+    """What the trainer left beside the model is not read, and names no other state of it."""
+    results = [evaluate(model_folder, [folders / "similar"], tmp_path / "results")]
+    shutil.copytree(model_folder, tmp_path / "tiny")
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth"):
+        (tmp_path / "tiny" / name).write_bytes(b"not read")
+    results.append(evaluate(tmp_path / "tiny", [folders / "similar"], tmp_path / "results"))
+    assert results[0].folder == results[1].folder and results[0].table == results[1].table
 
 
 def test_longer_texts_than_the_model_says_are_other_results(folders, model_folder, tmp_path):

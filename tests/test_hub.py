@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from conftest import TEXTS, save_llm
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
@@ -111,6 +112,21 @@ def test_merged_and_adapter_forms_are_compared(llm, tmp_path, capsys):
     assert "gives other vectors" in capsys.readouterr().err
 
 
+def test_half_precision_is_published_as_it_is(tmp_path):
+    model = build_model(save_llm(tmp_path / "llm", hidden_size=128), "nv-embed", num_latents=8).half()
+    model.prompts = {}  # no prompt at all is one way to embed
+    folder = save_sealed(model, tmp_path / "half")  # compares the vectors
+    assert json.loads((folder / "reference.json").read_text())["dtype"] == "float16"
+    assert check(folder, trust_remote_code=True).difference == 0
+
+
+def test_an_llm_cast_by_itself_is_told_of(tmp_path):
+    model = build_model(save_llm(tmp_path / "llm", hidden_size=128), "last-token")
+    model[0].model.half()
+    with pytest.raises(RuntimeError, match=r"Settings that differ: precision: casting the LLM .*model.half\(\)"):
+        save_sealed(model, tmp_path / "half")
+
+
 def test_merging_changes_no_embedding_and_leaves_the_model(llm):
     model = build_model(llm, "nv-embed", lora=True)
     for name, parameter in model.named_parameters():
@@ -142,10 +158,45 @@ def test_merging_trained_tokens(llm):
 
 def test_a_trainers_checkpoint_is_not_sealed(llm, tmp_path):
     build_model(llm, "mean").save_pretrained(str(tmp_path / "checkpoint-12"))
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text("{}")  # which tells it from a name
     before = (tmp_path / "checkpoint-12" / "modules.json").read_text()
     with pytest.raises(ValueError, match="checkpoint-12 is a trainer's checkpoint. Sealed, it could not be resumed"):
         seal(tmp_path / "checkpoint-12")
     assert (tmp_path / "checkpoint-12" / "modules.json").read_text() == before
+
+
+def test_a_name_like_a_checkpoints_is_a_name_like_any_other(llm, tmp_path):
+    saved = save_sealed(build_model(llm, "mean"), tmp_path / "out" / "checkpoint-100")
+    assert (saved / "reference.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("__main__.Scale", "it is not in a file of its module's name"),  # of a script or a notebook
+        ("shipped.pooling.Outer.Scale", "shipped.pooling.Outer"),
+        ("shipped.Scale", "it is not in a file of its module's name"),  # of the package's __init__.py
+        ("shipped.parent.Scale", "No such file"),  # from ..other import, which no repository has
+        ("shipped.llm_backbone.Scale", "the folder has another llm_backbone.py already"),
+        ("nowhere.Scale", "no module 'nowhere' is installed here"),
+        ("math.Scale", "it is not in a file of its module's name"),
+    ],
+)
+def test_a_class_that_nobody_else_could_import_is_refused(llm, tmp_path, monkeypatch, reference, reason):
+    for name, text in (("__init__", ""), ("pooling", ""), ("llm_backbone", ""), ("parent", "from ..other import x\n")):
+        (tmp_path / "shipped").mkdir(exist_ok=True)
+        (tmp_path / "shipped" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    folder = tmp_path / "model"
+    build_model(llm, "nv-embed", num_latents=2).save_pretrained(str(folder))
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[2]["type"] = reference
+    (folder / "modules.json").write_text(json.dumps(modules))
+    match = (
+        rf"module class '{re.escape(reference)}' cannot be shipped \(.*{re.escape(reason)}.*Put the class into a file"
+    )
+    with pytest.raises(ValueError, match=match):
+        seal(folder)
 
 
 @pytest.mark.parametrize(
@@ -168,19 +219,39 @@ def test_folders_with_links_pickles_and_indices_are_refused(tmp_path):
     stock = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Normalize"}
     (tmp_path / "secret").write_text("mine")
     hostile = {}
-    for name in ("link", "pickle", "index"):
+    for name in ("link", "pickle", "nested", "index", "pickled index", "odd index"):
         hostile[name] = tmp_path / name
         hostile[name].mkdir()
         (hostile[name] / "modules.json").write_text(json.dumps([stock]))
     (hostile["link"] / "model.safetensors").symlink_to(tmp_path / "secret")
     (hostile["pickle"] / "pytorch_model.bin").write_bytes(pickle.dumps(print))
+    (hostile["nested"] / "1_Dense").mkdir()
+    (hostile["nested"] / "1_Dense" / "pytorch_model.bin").write_bytes(pickle.dumps(print))
     index = {"weight_map": {"weight": "../secret"}}
     (hostile["index"] / "model.safetensors.index.json").write_text(json.dumps(index))
-    messages = {"link": "has links that lead out of it", "pickle": "may run code when read", "index": "outside"}
+    # A trainer's pickle is let be, and must not be named as weights.
+    index = {"weight_map": {"weight": "optimizer.pt"}}
+    (hostile["pickled index"] / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (hostile["odd index"] / "model.safetensors.index.json").write_text(json.dumps(index))
+    pickled = "may run code when read"
+    messages = {"link": "has links that lead out of it", "pickle": pickled, "nested": pickled, "index": "outside"}
+    messages |= {"pickled index": pickled, "odd index": "names 'optimizer.pt'. Weights belong into safetensors files"}
     for act in (seal, check):
         for name, message in messages.items():
             with pytest.raises(ValueError, match=message):
                 act(hostile[name])
+
+
+def test_what_a_trainer_leaves_beside_a_model_is_no_reason_to_refuse_it(llm, tmp_path):
+    model = build_model(llm, "mean")
+    save_sealed(model, tmp_path / "model")
+    left = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth")
+    (tmp_path / "model" / "checkpoint-1").mkdir()
+    for folder in ("model", "model/checkpoint-1"):
+        for name in left:
+            (tmp_path / folder / name).write_bytes(b"no pickle: reading it would fail")
+    np.testing.assert_array_equal(load_trusted(tmp_path / "model").encode(list(TEXTS)), model.encode(list(TEXTS)))
+    assert check(tmp_path / "model").difference <= 1e-5
 
 
 def test_code_that_is_not_this_packages_is_not_run(llm, tmp_path):

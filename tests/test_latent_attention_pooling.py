@@ -204,6 +204,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(head_dim):
     for enabled in (False, True):
         if enabled:
             model.gradient_checkpointing_enable()
+            layer.gradient_checkpointing_enable(None, every_n_layers=2)  # as transformers 5.20 and later have it
         layer.zero_grad()
         states = given["token_embeddings"].clone().requires_grad_()
         calls.clear()
@@ -211,6 +212,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(head_dim):
         gradients.append([states.grad, *(p.grad.clone() for p in layer.parameters())])
     assert len(calls) == 10 and max(calls) == 1024  # each of 5 chunks twice
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head_dim", [2, 24])
+def test_weights_made_in_inference_mode(head_dim):
+    """They count no versions; what is kept of them is dropped all the same when they change."""
+    features = batch(dtype=torch.float32)
+    with torch.inference_mode():
+        layer = LatentAttentionPooling(12, num_latents=5, num_heads=3, head_dim=head_dim).eval()
+        for factor in (1.0, 2.0):
+            layer.to_kv.weight *= factor
+            torch.testing.assert_close(layer(dict(features))["sentence_embedding"], literal(layer, features))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(dict(features))["sentence_embedding"], literal(layer, features))
 
 
 def test_rows_without_a_token_and_batches_without_one_are_zero():

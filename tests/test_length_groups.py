@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import CORPUS
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from st_llm_embed import build_model
 from st_llm_embed.losses.length_groups import embed_by_length
@@ -22,9 +25,10 @@ def columns_of(model, prompt=PROMPT):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("recipe", ["nv-embed", "llara", "mean"])
+@pytest.mark.parametrize("recipe", ["nv-embed", "llara", "mean", "mean of the text"])
 def test_embeddings_and_gradients_are_those_of_the_columns(llm, recipe, side):
-    model = build_model(llm, recipe, **({"num_latents": 4, "head_dim": 8} if recipe == "nv-embed" else {})).double()
+    chosen = {"nv-embed": {"num_latents": 4, "head_dim": 8}, "mean of the text": {"include_prompt": False}}
+    model = build_model(llm, recipe.removesuffix(" of the text"), **chosen.get(recipe, {})).double()
     model.tokenizer.padding_side = side
     seen = []
     model[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]["input_ids"].numel()))
@@ -47,7 +51,8 @@ def test_embeddings_and_gradients_are_those_of_the_columns(llm, recipe, side):
 
 
 def test_what_cannot_be_put_together_goes_column_by_column(llm):
-    model = build_model(llm, "mean")
+    model = SentenceTransformer(modules=[Transformer(llm), Pooling(32)])
+    model.tokenizer.pad_token = model.tokenizer.eos_token
     model.set_pooling_include_prompt(False)
     found = embed_by_length(model, columns_of(model))
     wanted = [model(features)["sentence_embedding"] for features in columns_of(model)]

@@ -15,17 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import train_tokenizer
 from datasets import Dataset, Features, Value, load_dataset
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from sentence_transformers.util import mine_hard_negatives
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
-from st_llm_embed.data import check_contrastive_columns
+from st_llm_embed.data import check_contrastive_columns, from_beir
 from st_llm_embed.mining import MiningReport, mine_negatives
 from st_llm_embed.modules.reference import TEXTS
 
@@ -287,7 +289,7 @@ def test_bad_input_is_refused_before_anything_is_encoded(data):
         ({"corpus": []}, "Data set 'corpus' has no rows"),
         ({"corpus": ["a", " "]}, "Row 1 of data set 'corpus' has an empty 'text'"),
         ({"corpus": rows}, r"The corpus has the columns \['anchor', 'positive'\], not 'text'"),
-        ({"corpus": numbers}, "Column 'text' of data set 'corpus' holds"),
+        ({"corpus": numbers}, "Row 0 of the corpus has 1 where text is expected"),
         ({"dataset": rows.rename_column("anchor", "query")}, r"has the columns \['query', 'positive'\]"),
         ({"dataset": rows.select([])}, "Data set 'dataset' has no rows"),
     ):
@@ -359,3 +361,138 @@ def test_the_command_writes_what_the_trainer_reads(data, tmp_path, capsys):
     assert main([*arguments[:-1], str(tmp_path / "out2")]) == 2
     assert "rows.jsonl could not be read as a data set: JSON parse error" in capsys.readouterr().err
     assert not (tmp_path / "out2").exists()
+
+
+def titled_set(folder: Path, suffix: str = "") -> tuple[Path, list[dict[str, str]]]:
+    """A set in BEIR's layout whose documents have a title; one has none, and one's title is null."""
+    draw = random.Random(1)
+    documents = [
+        {"_id": f"{i}", "title": " ".join(draw.choices(WORDS, k=3)), "text": " ".join(draw.choices(WORDS, k=5))}
+        for i in range(40)
+    ]
+    documents[3]["title"], documents[4]["title"] = "", None
+    folder.mkdir()
+    opened = gzip.open if suffix else open
+    queries = [{"_id": f"q{i}", "text": f"word{i} word{i + 1}"} for i in range(20)]
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        with opened(folder / f"{name}.jsonl{suffix}", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "train.tsv").write_text("".join(f"q{i}\t{i}\t1\n" for i in range(20)))
+    return folder, documents
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_document_with_its_title_and_without_is_one(tmp_path, suffix):
+    """However the corpus comes, however the rows were made, and where the anchors are documents (ArguAna)."""
+    folder, documents = titled_set(tmp_path / "set", suffix)
+    whole = {f"{row['title'] or ''} {row['text']}".strip(): row["text"] for row in documents}
+    make_teacher().save_pretrained(str(tmp_path / "teacher"))
+    rows = from_beir(folder)
+    rows.to_json(tmp_path / "rows.jsonl")
+    mined = {}
+    for source in (folder, folder / f"corpus.jsonl{suffix}"):
+        arguments = ["mine", tmp_path / "rows.jsonl", tmp_path / "teacher", "--corpus", source, "--num-negatives", 30]
+        arguments += ["--relative-margin", "none", "--output", tmp_path / f"mined-{source.name}"]
+        assert main([str(argument) for argument in arguments]) == 0
+        lines = (tmp_path / f"mined-{source.name}" / "train.jsonl").read_text().splitlines()
+        mined[source.name] = [json.loads(line) for line in lines]
+    everything = {"num_negatives": 39, "relative_margin": None}
+    for name, made in {
+        "titled": rows,
+        "titles left out": rows.map(lambda row: {"positive": whole[row["positive"]]}),
+        "documents asked": rows.map(lambda row: {"anchor": whole[row["positive"]], "positive": row["positive"]}),
+    }.items():
+        corpus = Dataset.from_list(documents)
+        found, report = mine_negatives(made, make_teacher(), corpus, **everything)
+        assert report.documents == 40, name
+        mined[name] = found.to_list()
+        assert {row["anchor"] for row in mined[name]} == set(made["anchor"])
+    for name, found in mined.items():
+        assert len(found) == 20
+        for row, positive in zip(found, rows["positive"], strict=True):
+            negatives = {text for column, text in row.items() if column.startswith("negative")}
+            assert negatives <= whole.keys() - {positive}, name
+
+
+def test_spellings_of_one_text_are_one(data):
+    """White space, composed and decomposed letters, ligatures: no negative of their own positive or anchor."""
+    texts = {
+        "the café is here": ["the café is here ", "\nthe  café\u00a0is here", "the cafe\u0301 is here"],
+        "five ﬁsh": ["five fish", " ﬁve\tfish"],
+    }
+    rows = Dataset.from_dict({"anchor": ["word1 \u00e9", "word2"], "positive": list(texts)})
+    corpus = [spelling for spellings in texts.values() for spelling in spellings] + ["word1 e\u0301 ", " word3\n"]
+    mined, report = mine_negatives(rows, make_teacher(), corpus, num_negatives=2, relative_margin=None)
+    assert report.documents == 4 and report.anchors == 2
+    first, second = (sorted(row[f"negative_{i}"] for i in (1, 2)) for row in mined)
+    assert first == ["five fish", "word3"]  # not its own text, and as a document is read: without space around it
+    assert len(second) == 2 and "five fish" not in second
+    assert mined["positive"][:] == list(texts)
+    check_contrastive_columns(mined, "mined")
+
+
+def test_columns_go_by_their_names(data):
+    rows = data[0].add_column("id", list(range(80))).select_columns(["id", "positive", "anchor"])
+    assert mine_negatives(rows, make_teacher())[0].to_dict() == mine_negatives(data[0], make_teacher())[0].to_dict()
+
+
+def with_many_positives(many: int, rows: int = 2000) -> Dataset:
+    draw = random.Random(0)
+    anchors = ["word1 word2"] * many + [
+        f"word{i % 60} {' '.join(draw.choices(WORDS, k=3))}" for i in range(rows - many)
+    ]
+    return Dataset.from_dict({"anchor": anchors, "positive": [f"{i} {draw.choice(WORDS)}" for i in range(rows)]})
+
+
+@pytest.mark.parametrize("use_faiss", [False, True])
+def test_memory_is_what_each_anchor_needs(use_faiss):
+    """One anchor with half of the positives costs the other anchors nothing."""
+    if use_faiss:
+        pytest.importorskip("faiss", reason="FAISS is not here (pip install faiss-cpu)")
+    peaks = []
+    for many in (1, 1, 1000):  # the first imports
+        rows, teacher = with_many_positives(many), make_teacher(dim=4)
+        tracemalloc.start()
+        mined, report = mine_negatives(
+            rows, teacher, num_negatives=2, relative_margin=None, range_max=10, use_faiss=use_faiss
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(mined) == 2000 and report.candidates == 10 * report.anchors
+    own = {row["positive"] for row in mined if row["anchor"] == "word1 word2"}
+    assert not any(row["negative_1"] in own for row in mined.select(range(1000)))
+    assert peaks[2] < 1.5 * peaks[1], peaks
+
+
+def test_the_negatives_of_an_anchor_with_many_positives_are_those_of_a_plain_loop(monkeypatch):
+    monkeypatch.setattr("st_llm_embed.mining.BLOCK", 7)
+    rows = with_many_positives(30, rows=60)
+    settings = {"num_negatives": 3, "range_min": 0, "range_max": 12}
+    mined, report = mine_negatives(rows, make_teacher(), WORDS, shard_size=11, **settings)
+    expected, counts = plain_loop(rows, make_teacher(), WORDS, settings)
+    assert by_pair(mined) == expected != {}
+    assert {"candidates": report.candidates, **report.dropped} == counts
+
+
+def test_another_kind_of_teacher_is_refused_in_words(data, tmp_path, capsys):
+    tokenizer = train_tokenizer()
+    tokenizer.pad_token = "</s>"
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=2, **shape)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    scorer = CrossEncoder(str(tmp_path / "plain"), device="cpu")
+    scorer.save_pretrained(str(tmp_path / "saved"))
+    for teacher, kind in (
+        (scorer, "CrossEncoder"),
+        (str(tmp_path / "plain"), "str"),
+        (torch.nn.Identity(), "Identity"),
+    ):
+        with pytest.raises(ValueError, match=f"The teacher is a {kind}. A teacher is a SentenceTransformer"):
+            mine_negatives(data[0], teacher)
+    data[0].to_json(tmp_path / "rows.jsonl")
+    for folder in ("plain", "saved"):
+        command = ["mine", str(tmp_path / "rows.jsonl"), str(tmp_path / folder), "--output", str(tmp_path / "out")]
+        assert main(command) == 2
+        assert "The teacher is a CrossEncoder. A teacher is a SentenceTransformer" in capsys.readouterr().err

@@ -79,7 +79,9 @@ def load(folder: Path, **options) -> tuple[SentenceTransformer, list[str]]:
 
 def test_an_unchanged_model_says_nothing(sealed):
     model, folder = sealed
-    for options in ({}, {"model_kwargs": {"dtype": "bfloat16"}}, {"truncate_dim": 8}, {"prompts": {"query": "Q: "}}):
+    precisions = [{key: value} for key in ("dtype", "torch_dtype") for value in ("bfloat16", torch.float16, None)]
+    chosen = [{"model_kwargs": precision} for precision in precisions]
+    for options in ({}, *chosen, {"truncate_dim": 8}, {"prompts": {"query": "Q: "}}):
         loaded, said = load(folder, **options)
         assert said == [], options
     assert np.isfinite(loaded.encode(TEXTS)).all()
@@ -114,6 +116,15 @@ def test_a_model_that_was_saved_again_carries_no_stale_reference(sealed, tmp_pat
     loaded.save_pretrained(str(tmp_path / "tuned"))
     assert not (tmp_path / "tuned" / "reference.json").exists()
     assert load(tmp_path / "tuned")[1] == []
+
+
+def test_loading_in_inference_mode(sealed):
+    with torch.inference_mode():
+        loaded, said = load(sealed[1])
+        inside = loaded.encode(TEXTS)
+    assert said == []
+    for found in (inside, loaded.encode(TEXTS)):
+        np.testing.assert_allclose(found, sealed[0].encode(TEXTS), atol=1e-5)
 
 
 def test_the_reference_is_what_encode_gives(sealed):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,14 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.cli import main
 from st_llm_embed.data import windows
 from st_llm_embed.hub import save_sealed
 from st_llm_embed.merging import merge_adapter
-from st_llm_embed.stages import READERS, _last_checkpoint, _split, train_stages
+from st_llm_embed.stages import LOCK, READERS, _last_checkpoint, _split, train_stages
 
 QUIET = {
     "use_cpu": True,
@@ -161,17 +162,18 @@ def test_a_configuration_that_makes_no_sense_is_refused(settings, tmp_path):
 
     stage = settings["stages"][0]
     for wrong, message in (
-        (changed(steps=3), r"has unknown or misshapen \['steps'\]. It takes output \(str\), model"),
-        (changed(stages={}), r"misshapen \['stages'\]"),
+        (changed(steps=3), r"has the unknown key 'steps'. Did you mean 'stages'\? It takes output \(str\), model"),
+        (changed(stages={}), r"has stages={}. It must be of the type"),
+        (changed(stages=[]), "has no stages"),
         (changed(stages=[{**stage, "data": ["absent"]}]), r"'pretext' names the data sets \['absent'\]. Known: "),
         (["output"], r"The configuration is \['output'\], no mapping. It takes output \(str\), model"),
         (changed(data={"documents": "documents.jsonl"}), "Data set 'documents' is 'documents.jsonl'. It takes read,"),
         (changed(stages=[stage, "pretext"]), "Stage 2 is 'pretext', no mapping. It takes name .str., data .list."),
-        (changed(stages=[{"data": ["pairs"]}]), r"Stage 1 lacks \['name'\], and has .* \[\]. It takes name .str."),
-        (changed(stages=[{"name": "pretext"}]), r"Stage 1 lacks \['data'\]"),
-        (changed(stages=[{**stage, "steps": 3}]), r"Stage 1 lacks \[\], and has unknown or misshapen \['steps'\]"),
-        (changed(stages=[{**stage, "arguments": None}]), r"misshapen \['arguments'\]. It takes .*, arguments .dict."),
-        (changed(stages=[{**stage, "data": "documents"}]), r"misshapen \['data'\]"),
+        (changed(stages=[{"data": ["pairs"]}]), "Stage 1 lacks name. It takes name .str."),
+        (changed(stages=[{"name": "pretext"}]), "Stage 1 lacks data. It takes name .str."),
+        (changed(stages=[{**stage, "steps": 3}]), "Stage 1 has the unknown key 'steps'. It takes name .str."),
+        (changed(stages=[{**stage, "arguments": None}]), "Stage 1 has arguments=None. It must be of the type dict"),
+        (changed(stages=[{**stage, "data": "documents"}]), "Stage 1 has data='documents'. It must be of the type"),
         (changed(stages=[{**stage, "data": [{"read": "from_sts"}]}]), r"names the data sets \[{'read': 'from_sts'}\]"),
         (changed(stages=[{**stage, "data": []}]), "Stage 'pretext' names no data set. Known: "),
         (changed(stages=[{**stage, "data": ["documents", "pairs"]}]), "has pretext rows beside others"),
@@ -191,6 +193,138 @@ def test_a_configuration_that_makes_no_sense_is_refused(settings, tmp_path):
         train_stages(changed(output=str(tmp_path / "full")))
 
 
+def later(**arguments) -> Callable[[dict], object]:
+    return lambda settings: settings["stages"][1]["arguments"].update(arguments)
+
+
+def shared(part: str, **changes) -> Callable[[dict], object]:
+    return lambda settings: settings[part].update(changes)
+
+
+WRONG = [
+    (
+        later(learning_rte=1e-4),
+        "Stage 'retrieval''s arguments has the unknown key 'learning_rte'. Did you mean 'learni",
+    ),
+    (later(temperature=0), "Stage 'retrieval': temperature=0 must be positive"),
+    (later(temperature="warm"), "temperature='warm'. It must be of the type float"),
+    (later(lr_scheduler_type="cosin"), "Stage 'retrieval': cosin is not a valid SchedulerType"),
+    (later(eval_strategy="steps"), "Stage 'retrieval': .*didn't provide an `eval_dataset`"),
+    (later(prompts={"anchor": "x"}), "Stage 'retrieval': tasks= sets the prompts"),
+    (later(output_dir="x"), "has the argument 'output_dir', which follows from the output's folder"),
+    (later(resume_from_checkpoint="x"), "has the argument 'resume_from_checkpoint'"),
+    (later(per_device_train_batch_size=0), "Stage 'retrieval': batch_size should be a positive integer"),
+    (later(max_steps=0), "Stage 'retrieval': max_steps=0, num_train_epochs=3.0 train nothing"),
+    (later(report_to="wandb"), "Stage 'retrieval': WandbCallback requires wandb"),
+    (later(optim="adamw_8bit"), "Stage 'retrieval': You need to install `bitsandbytes`"),
+    (later(adam_beta1=2.0), "Stage 'retrieval': Invalid beta"),
+    (later(lr_scheduler_kwargs={"number": 1}), "Stage 'retrieval': .*unexpected keyword argument 'number'"),
+    (later(stage=2), "Stage 'retrieval': Task 'pairs' is trained without in-batch negatives, and its data set has no"),
+    (lambda s: s["stages"][1].update(loss={"form": "mean"}), "Stage 'retrieval' has loss=.*Leave it out"),
+    (lambda s: s["stages"][1].update(name="../x"), "Stage 2 has name='../x'. It names a folder"),
+    (
+        lambda s: s["stages"][0].update(loss={"frm": "mean"}),
+        "'pretext''s loss has the unknown key 'frm'. Did you mean",
+    ),
+    (lambda s: s["stages"][0].update(loss={"form": "cloud"}), "Stage 'pretext': form='cloud' is unknown"),
+    (
+        lambda s: s["stages"][0].update(arguments={"num_train_epochs": 1}),
+        "Stage 'pretext': .*max_steps has to be spec",
+    ),
+    (shared("arguments", warmup_stepz=1), "The configuration's arguments has the unknown key 'warmup_stepz'"),
+    (shared("model", num_latent=1), "The model has the unknown key 'num_latent'. Did you mean 'num_latents'"),
+    (shared("model", max_seq_length="long"), "The model has max_seq_length='long'"),
+    (shared("model", base="/nowhere"), "base='/nowhere' could not be loaded"),
+    (lambda s: s["model"].pop("base"), "The model lacks base"),
+    (lambda s: s["data"]["pairs"].update(negativess=1), "Data set 'pairs' has the unknown key 'negativess'"),
+    (lambda s: s["data"]["pairs"].update(weight="heavy"), "Data set 'pairs' has weight='heavy'"),
+    (lambda s: s["data"]["pairs"].pop("source"), "Data set 'pairs' lacks source"),
+    (lambda s: s["data"]["documents"].pop("documents"), "Data set 'documents' lacks documents"),
+    (lambda s: s["data"]["documents"].update(split="words"), "Data set 'documents': split='words' is unknown"),
+    (lambda s: s["data"]["pairs"].update(read="load_dataset", path="json"), "Data set 'pairs'"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
+def test_what_a_later_stage_says_wrongly_is_refused_before_any_is_trained(settings, tmp_path, spoil, message):
+    """Through the command line, as one line; and the output is nobody's."""
+    settings["data"]["pairs"]["negatives"] = 0
+    settings["stages"] = settings["stages"][:2]
+    spoil(settings)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=message):
+        train_stages(file)
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_as_text_train_as_numbers(settings, tmp_path):
+    """As PyYAML writes 2e-2, and as people write it."""
+    settings["stages"] = [{"name": "one", "data": [7], "arguments": {"stage": 1, "max_steps": 1}}]
+    settings["data"] = {7: settings["data"]["pairs"]}
+    settings["arguments"]["weight_decay"] = "1e-2"
+    text = yaml.safe_dump({**settings, "seed": "3"})
+    (tmp_path / "config.yaml").write_text(text.replace("learning_rate: 0.01", "learning_rate: 1e-2"))
+    model = train_stages(tmp_path / "config.yaml")
+    args = torch.load(next(model.parent.glob("checkpoint-*/training_args.bin")), weights_only=False)
+    assert (args.learning_rate, args.weight_decay, args.seed) == (1e-2, 1e-2, 3)
+    assert "7" in SentenceTransformer(str(model), trust_remote_code=True).prompts  # a name that YAML reads as a number
+
+
+def test_a_run_that_never_began_gives_way_to_its_correction(settings, tmp_path):
+    """It was claimed, and fell over before its first checkpoint."""
+    output = tmp_path / "run"
+    (output / "1-pretext").mkdir(parents=True)
+    (output / "config.yaml").write_text("model: {base: too-large-for-this-machine}")
+    settings["stages"] = [{**settings["stages"][1], "arguments": {"stage": 1, "max_steps": 1}}]
+    last = train_stages(settings)
+    assert last.is_dir() and yaml.safe_load((output / "config.yaml").read_text()) == settings
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        train_stages({**settings, "seed": 1})
+
+
+def test_two_processes_do_not_train_in_one_output(settings, tmp_path, monkeypatch):
+    """The lock goes with its process, killed or not, and without it nothing is in the way."""
+    settings["stages"] = [{**settings["stages"][1], "arguments": {"stage": 1, "max_steps": 1}}]
+    output = tmp_path / "run"
+    output.mkdir()
+    script = "import sys, time\nfrom filelock import FileLock\nwith FileLock(sys.argv[1]):\n    print(1, flush=True)\n"
+    command = [sys.executable, "-c", script + "    time.sleep(600)", str(output / LOCK)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    monkeypatch.setattr("st_llm_embed.stages.WAIT", 0)
+    with pytest.raises(RuntimeError, match="Another process is running in .*run. Wait for its end, or choose another"):
+        train_stages(settings)
+    assert not list(output.glob("*-*"))
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    assert train_stages(settings).is_dir()
+
+
+def test_damaged_weights_are_passed_over_and_named(settings, caplog):
+    """The newest checkpoints hold nothing, half and no weights; the one before them serves."""
+    steps = {"stage": 1, "max_steps": 5, "save_steps": 1}
+    settings["stages"] = [{**settings["stages"][1], "arguments": steps}]
+    model = train_stages(settings)
+    expected = weights(model)
+    for step, damage in ((5, 0), (4, 1000), (3, None)):
+        file = model.parent / f"checkpoint-{step}" / "1_LatentAttentionPooling" / "model.safetensors"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:damage])
+    for file in (model.parent / "checkpoint-3").rglob("*.safetensors"):
+        file.unlink()
+    assert train_stages(settings) == model  # it is finished
+    model.rename(model.with_name("before"))
+    assert train_stages(settings) == model
+    passed_over = [message for message in caplog.messages if "is passed over: cut off or missing are" in message]
+    assert [message.partition(" ")[0][-1] for message in passed_over] == ["5", "4", "3"]
+    for name, tensor in weights(model).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
+    (model / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="adapter_model.safetensors. Remove that folder; its stage then goes on"):
+        train_stages(settings)
+
+
 def test_splits_and_readers_by_name():
     assert _split(7)("a cat sat down") == windows(7)("a cat sat down")
     assert _split("sentences")("A cat. A dog.") == ["A cat.", "A dog."] and _split(None)("a\n\nb") == ["a", "b"]
@@ -202,6 +336,7 @@ def test_splits_and_readers_by_name():
 def test_a_checkpoint_that_was_cut_off_is_not_resumed(tmp_path):
     for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global'), (14, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        save_file({"weight": torch.ones(2)}, tmp_path / f"checkpoint-{step}" / "model.safetensors")
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

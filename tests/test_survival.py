@@ -7,8 +7,14 @@ import json
 import pytest
 import torch
 from conftest import TEXTS, save_llm
+from datasets import Dataset
 from peft import LoraConfig
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from test_attention_mode import llm as build_llm
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -74,11 +80,14 @@ def test_half_precision(model, tmp_path, dtype):
     exact = vectors(model)
     model.to(getattr(torch, dtype))
     assert hears_the_end(model)
-    similarity = torch.nn.functional.cosine_similarity(vectors(model), exact)
+    cast = vectors(model)
+    similarity = torch.nn.functional.cosine_similarity(cast, exact)
     assert similarity.min() > 0.999
     model.save_pretrained(tmp_path / "half")
     again = SentenceTransformer(str(tmp_path / "half"), trust_remote_code=True, model_kwargs={"dtype": dtype})
     assert again[0].model.dtype == getattr(torch, dtype) and hears_the_end(again)
+    # What the LLM computes from its config is exact in both.
+    torch.testing.assert_close(vectors(again), cast, atol=1e-6, rtol=0)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model):
@@ -93,6 +102,33 @@ def test_gradient_checkpointing_gives_the_same_gradients(model):
         gradients.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
     assert max(gradient.abs().max() for gradient in gradients[0]) > 1e-6
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_with_gradient_checkpointing_takes_the_same_steps(llm, tmp_path, lora):
+    """Through the trainer, which passes on what transformers' own models take."""
+    data = Dataset.from_dict(
+        {column: [f"{column} {i} " * i for i in range(1, 9)] for column in ("anchor", "positive")}
+    )
+
+    def steps(checkpointing: bool) -> list[tuple[float, float]]:
+        torch.manual_seed(0)
+        model = build_model(llm, "nv-embed", lora=lora, num_latents=4)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+        args = SentenceTransformerTrainingArguments(
+            str(tmp_path), max_steps=2, gradient_checkpointing=checkpointing, learning_rate=1e-3, **quiet
+        )
+        trainer = SentenceTransformerTrainer(model, args, data, loss=MultipleNegativesRankingLoss(model))
+        trainer.train()
+        assert model[1].gradient_checkpointing == checkpointing
+        return [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+
+    plain, checkpointed = steps(False), steps(True)
+    assert len(plain) == 2 and plain[0][1] > 1e-3
+    torch.testing.assert_close(torch.tensor(checkpointed), torch.tensor(plain), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -13,7 +13,9 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import TrainerCallback
 
 from st_llm_embed import (
@@ -462,12 +464,15 @@ def test_bad_arguments_are_refused(llm, tmp_path):
 
 
 def test_pooling_that_cannot_leave_out_blended_prompts_is_refused(llm, tmp_path):
-    """sentence-transformers' own knows one prompt for a batch, under our backbone too."""
-    model = build_model(llm, "mean", include_prompt=False).eval()
+    """sentence-transformers' own knows one prompt for a batch, unless our backbone tells it each text's."""
     data = {"docs": rows(1), "topics": rows(1)}
+    stock = SentenceTransformer(modules=[Transformer(llm), Pooling(32, include_prompt=False)])
+    stock.tokenizer.pad_token = stock.tokenizer.eos_token
     with pytest.raises(ValueError, match="Pooling.include_prompt=False. can leave out only one.*Set blended=False"):
-        LLMEmbedTrainer(model, arguments(tmp_path, stage=2), data, tasks=[DOCS, TOPICS])
+        LLMEmbedTrainer(stock, arguments(tmp_path, stage=2), data, tasks=[DOCS, TOPICS])
+    model = build_model(llm, "mean", include_prompt=False).eval()
     for own, tasks, blended in (
+        (data, [DOCS, TOPICS], True),
         ({"docs": rows(1)}, [DOCS], True),
         ({"docs": rows(1), "same": rows(1)}, [DOCS, replace(DOCS, name="same")], True),
         (data, [DOCS, TOPICS], False),
@@ -481,8 +486,8 @@ def test_pooling_that_cannot_leave_out_blended_prompts_is_refused(llm, tmp_path)
         for i, name in enumerate(names):
             expected = model.encode(rows(1)[i]["anchor"], prompt=trainer.tasks[name].prompt)
             assert vectors[i] == pytest.approx(expected, abs=1e-6)
-    model.set_pooling_include_prompt(True)
-    LLMEmbedTrainer(model, arguments(tmp_path, stage=2), data, tasks=[DOCS, TOPICS])
+    stock.set_pooling_include_prompt(True)
+    LLMEmbedTrainer(stock, arguments(tmp_path, stage=2), data, tasks=[DOCS, TOPICS])
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])

@@ -163,6 +163,7 @@ def adapt_autoregressively(config: dict[str, Any], scratch: Path) -> SentenceTra
         max_characters=how["max_characters"],
     )
     settings = {**config["arguments"], **config["stages"][0]["arguments"], "seed": config["seed"], "report_to": []}
+    del settings["sampling_temperature"]  # that of tasks
     args = LLMEmbedTrainingArguments(str(scratch), **settings)
     LLMEmbedTrainer(model, args, rows, loss=AutoregressiveLoss(model, form="release")).train()
     return model

@@ -25,7 +25,7 @@ from st_llm_embed.convert.checkpoint import (
     write_card,
     write_modules,
 )
-from st_llm_embed.hub import demand_empty, seal, written_beside
+from st_llm_embed.hub import demand_empty, demand_room, seal, written_beside
 from st_llm_embed.hub.folders import write_json
 from st_llm_embed.model import RECIPES
 from st_llm_embed.modules import LLMBackbone, PromptTokenPooling
@@ -64,6 +64,7 @@ def convert_llara(source: str | Path, output: str | Path) -> Path:
 
     Raises:
         FileExistsError: if ``output`` holds something.
+        OSError: if ``output`` cannot be written, or its disk has no room for the model.
         FileNotFoundError: if files of the checkpoint are missing, as after half a download.
         ValueError: if it lacks LLaRA's sixteen tokens, or a tensor is unknown, missing, or of another shape than the
             configuration says.
@@ -83,6 +84,7 @@ def convert_llara(source: str | Path, output: str | Path) -> Path:
         llm = AutoModel.from_config(config)
     prefix = f"{llm.base_model_prefix}."
     check_tensors(shards, meta_shapes(llm), lambda name: name.removeprefix(prefix), NOT_THE_BACKBONES)
+    demand_room(target, sum(shard.stat().st_size for shard in shards))
     with written_beside(target) as staged:
         staged.mkdir()
         copy_shards(shards, staged, _without_head)

@@ -9,7 +9,9 @@ Tensors are checked by name and shape before anything is written, and copied one
 
 from __future__ import annotations
 
+import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from st_llm_embed.convert.checkpoint import (
     write_card,
     write_modules,
 )
-from st_llm_embed.hub import demand_empty, seal, written_beside
+from st_llm_embed.hub import demand_empty, demand_room, seal, written_beside
 from st_llm_embed.hub.folders import read_json, write_json
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone
 
@@ -75,6 +77,7 @@ def convert_nv_embed(source: str | Path, output: str | Path) -> Path:
 
     Raises:
         FileExistsError: if ``output`` holds something.
+        OSError: if ``output`` cannot be written, or its disk has no room for the model.
         FileNotFoundError: if files of the checkpoint are missing, as after half a download.
         ValueError: if it is not an NV-Embed checkpoint, or a tensor is unknown, missing, or of
             another shape than the configuration says.
@@ -87,6 +90,7 @@ def convert_nv_embed(source: str | Path, output: str | Path) -> Path:
     shards = find_shards(root)
     text_config, latent = _llm_config(settings), _latent_arguments(settings)
     check_tensors(shards, _expected_tensors(text_config, latent), _new_name)
+    demand_room(target, sum(shard.stat().st_size for shard in shards))
     with written_beside(target) as staged:
         staged.mkdir()
         text_config.dtype = _copy_tensors(shards, staged, staged / "1_LatentAttentionPooling")
@@ -94,7 +98,7 @@ def convert_nv_embed(source: str | Path, output: str | Path) -> Path:
         _save_tokenizer(root, settings, staged)
         _write_modules(root, staged, settings, latent)
         seal(staged)
-        _write_card(staged, settings)
+        _write_card(staged, settings, str(source))
     return target
 
 
@@ -108,7 +112,9 @@ def load_nv_embed(source: str | Path, **kwargs: Any) -> SentenceTransformer:
     """
     with tempfile.TemporaryDirectory() as folder:
         converted = convert_nv_embed(source, Path(folder) / "model")
-        return SentenceTransformer(str(converted), trust_remote_code=True, **kwargs)
+        model = SentenceTransformer(str(converted), trust_remote_code=True, **kwargs)
+    model.transformers_model.name_or_path = ""  # which no adapter could load: its base is saved with it
+    return model
 
 
 def _demand_nv_embed(root: Path, settings: dict[str, Any]) -> None:
@@ -117,6 +123,8 @@ def _demand_nv_embed(root: Path, settings: dict[str, Any]) -> None:
             f"{root} holds a {settings.get('model_type')!r} model. Convertible are those of model_type 'nvembed' "
             "(nvidia/NV-Embed-v1 and -v2); use build_model for an ordinary LLM."
         )
+    if not {"hidden_size", "max_position_embeddings"} <= settings.get("text_config", {}).keys():
+        raise ValueError(f"{root / 'config.json'} has no text_config with the LLM's sizes. Download the whole file.")
 
 
 def _llm_config(settings: dict[str, Any]) -> MistralConfig:
@@ -167,20 +175,22 @@ def _expected_tensors(config: MistralConfig, latent: dict[str, Any]) -> dict[tup
 
 
 def _copy_tensors(shards: list[Path], backbone: Path, pooling: Path) -> str:
-    """The LLM shard by shard, and the latent layer in a file of its own; give the dtype."""
+    """The LLM shard by shard, and the latent layer in a file of its own; give the dtype of most of the LLM."""
     latent: dict[str, Tensor] = {}
-    dtypes: set[torch.dtype] = set()
+    dtypes: Counter[torch.dtype] = Counter()
 
     def llm_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         named = {_new_name(name): tensor for name, tensor in tensors.items()}
         latent.update({name: tensor for (part, name), tensor in named.items() if part == LATENT})
-        dtypes.update(tensor.dtype for tensor in tensors.values())
-        return {name: tensor for (part, name), tensor in named.items() if part == BACKBONE}
+        llm = {name: tensor for (part, name), tensor in named.items() if part == BACKBONE}
+        for tensor in llm.values():
+            dtypes[tensor.dtype] += tensor.numel()
+        return llm
 
     copy_shards(shards, backbone, llm_only)
     pooling.mkdir()
     save_file(latent, pooling / "model.safetensors", {"format": "pt"})
-    return str(dtypes.pop()).removeprefix("torch.")
+    return str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _save_tokenizer(root: Path, settings: dict[str, Any], folder: Path) -> None:
@@ -210,7 +220,9 @@ def _write_modules(root: Path, folder: Path, settings: dict[str, Any], latent: d
     write_json(folder / "1_LatentAttentionPooling" / "config.json", latent)
 
 
-def _write_card(folder: Path, settings: dict[str, Any]) -> None:
-    name = settings.get("_name_or_path") or "nvidia/NV-Embed-v2"
+def _write_card(folder: Path, settings: dict[str, Any], source: str) -> None:
+    """Of a folder it names the release: what its config.json says may be a path of this machine."""
+    release = re.search(r"NV-Embed-v\d", settings.get("_name_or_path") or "")
+    name = source if not Path(source).is_dir() else f"nvidia/{release[0] if release else 'NV-Embed-v2'}"
     text = CARD.format(name=name, prompt=QUERY_PROMPT.replace("\n", "\\n"))
     write_card(folder, text, "nv-embed", license=LICENSE, base_model=name, language="en")

@@ -1,19 +1,21 @@
 """A retrieval set in BEIR's layout (arXiv 2104.08663) to rows: corpus and queries in JSON lines, judgements in qrels.
 
 ``corpus.jsonl`` {_id, title, text} and ``queries.jsonl`` {_id, text}, plain or ``.gz``; ``qrels/SPLIT.tsv`` of query,
-document and score. The corpus is read once, and of it only the judged documents are held.
+document and score, plain or ``.gz`` too. The corpus is read once, and of it only the judged documents are held.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from math import isfinite, nan
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import Dataset, IterableDataset
 
 from .rows import Judged, contrastive_dataset
-from .sources import joined, plain_or_gz, read_json_lines, read_lines
+from .sources import joined, plain_or_gz, read_json_lines, read_lines, text_or_empty
 
 
 def from_beir(
@@ -50,8 +52,8 @@ def from_beir(
         needed = {document for documents in relevant.values() for document in documents}
         if negatives:
             needed.update(document for query in relevant for document in rejected.get(query, ()))
-        texts = _texts(corpus, needed)
-        asked = _texts(queries, relevant.keys())
+        texts = {line.id: line.document for line in read_texts(corpus) if line.id in needed}
+        asked = {line.id: line.text for line in read_texts(queries) if line.id in relevant}
         for query, documents in relevant.items():
             against = rejected.get(query, []) if negatives else []
             counted["missing documents"] += sum(document not in texts for document in (*documents, *against))
@@ -72,35 +74,62 @@ def judgements_file(root: Path, split: str) -> Path:
     Raises:
         FileNotFoundError: naming the splits that are there.
     """
-    qrels = root / "qrels" / f"{split}.tsv"
-    if not qrels.is_file():
-        splits = sorted(file.stem for file in root.glob("qrels/*.tsv"))
-        raise FileNotFoundError(f"{qrels} does not exist. Splits of {root}: {', '.join(splits) or 'none'}.")
-    return qrels
+    try:
+        return plain_or_gz(root / "qrels" / f"{split}.tsv")
+    except FileNotFoundError as error:
+        splits = sorted({file.name.partition(".tsv")[0] for file in root.glob("qrels/*.tsv*")})
+        raise FileNotFoundError(f"{error} Splits of {root}: {', '.join(splits) or 'none'}.") from error
+
+
+class TextLine(NamedTuple):
+    """A line of a corpus or query file."""
+
+    id: str
+    title: str  # "" for none
+    text: str
+
+    @property
+    def document(self) -> str:
+        """What is embedded of a document; of a query it is the text."""
+        return joined(self.title, self.text)
+
+
+def read_texts(file: str | Path) -> Iterator[TextLine]:
+    """The lines of ``corpus.jsonl`` or ``queries.jsonl``. Of lines with the same id BEIR takes the last.
+
+    Raises:
+        ValueError: naming the file and the line without id or text, or with another value in their place.
+    """
+    for where, row in read_json_lines(file):
+        if "_id" not in row or "text" not in row:
+            raise ValueError(f"{where} has the keys {list(row)}. BEIR's lines need '_id' and 'text'.")
+        if not isinstance(row["_id"], str | int):
+            raise ValueError(f"{where} has the '_id' {row['_id']!r}. Ids are text or whole numbers.")
+        yield TextLine(str(row["_id"]), *(text_or_empty(row.get(part), where) for part in ("title", "text")))
 
 
 def read_qrels(file: str | Path) -> Iterator[tuple[str, str, float]]:
     """Each judgement: the query's id, the document's id, the score.
 
-    Lines are ``query document score`` with tabs (BEIR, with a header) or ``query 0 document score`` (TREC).
+    Lines are ``query document score`` with tabs (BEIR) or ``query 0 document score`` (TREC), below a header or none.
 
     Raises:
         ValueError: naming the file and the line that has neither form.
     """
-    for number, line in read_lines(file):
+    for place, (number, line) in enumerate(read_lines(file)):
         fields = line.split("\t") if "\t" in line else line.split()
         try:
-            query, document, score = fields[0], fields[-2], float(fields[-1])
-            if len(fields) not in (3, 4):
-                raise ValueError(f"{len(fields)} fields")
-        except (ValueError, IndexError) as error:
-            if number == 1 and len(fields) == 3:  # the header
+            score = float(fields[-1])
+        except ValueError:
+            if place == 0 and len(fields) in (3, 4):  # the header
                 continue
+            score = nan
+        if len(fields) not in (3, 4) or not isfinite(score):
             raise ValueError(
                 f"Line {number} of {file} is neither 'query document score' nor 'query 0 document score': "
                 f"{line[:80]!r}"
-            ) from error
-        yield query, document, score
+            )
+        yield fields[0], fields[-2], score
 
 
 def relevant_documents(
@@ -117,14 +146,3 @@ def relevant_documents(
         else:
             counts["below min_score"] += 1
     return relevant, rejected
-
-
-def _texts(file: Path, ids: set[str]) -> dict[str, str]:
-    """The texts of those lines of a corpus or query file whose ``_id`` is in ``ids``."""
-    texts = {}
-    for where, row in read_json_lines(file):
-        if "_id" not in row or "text" not in row:
-            raise ValueError(f"{where} has the keys {list(row)}. BEIR's lines need '_id' and 'text'.")
-        if (key := str(row["_id"])) in ids:
-            texts[key] = joined(row.get("title"), row["text"])
-    return texts

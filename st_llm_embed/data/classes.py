@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterator, Mapping
 
 from datasets import Dataset
 
+from .normal_form import normal_form
 from .rows import Judged, contrastive_dataset
 from .sources import Source, check_source, label_names, source_rows, stripped
 
@@ -134,18 +135,20 @@ def from_class_labels(
 def _labelled_texts(source: Source, text: str, label: str, counts: Counter[str]) -> dict[str, Hashable]:
     """The label of each distinct text that has only one."""
     label_of: dict[str, Hashable] = {}
+    spelled: dict[str, str] = {}  # by normal form
     ambiguous = set()
     for where, row in source_rows(source, {text: "text", label: "label"}):
         example, of = stripped(row[text], where), row[label]
         if of is None:
             raise ValueError(f"{where} has no {label!r}. Fix: dataset.filter(lambda row: row[{label!r}] is not None).")
+        known = spelled.setdefault(normal_form(example), example)
         if not example:
             counts["empty"] += 1
-        elif example not in label_of:
-            label_of[example] = of
-        elif label_of[example] == of:
+        elif known not in label_of:
+            label_of[known] = of
+        elif label_of[known] == of:
             counts["duplicates"] += 1
         else:
-            ambiguous.add(example)
+            ambiguous.add(known)
     counts["contradictions"] += len(ambiguous)
     return {example: of for example, of in label_of.items() if example not in ambiguous}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 NOT_TEXT = ("label", "dataset_name")  # the class, and what the host's trainer adds
 
@@ -18,7 +18,7 @@ def text_columns(columns: Iterable[str]) -> list[str]:
 
 def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, negatives: int | None = None) -> None:
     """Demand ``anchor, positive``, then ``negative`` or ``negative_1, negative_2, ...``, all non-empty text, and
-    perhaps ``label``, the class as a number.
+    perhaps ``label``, the class as a whole number.
 
     Args:
         dataset: the rows.
@@ -43,13 +43,52 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, neg
             f"Fix: build it with negatives={negatives}, mine them, or make the task with negatives={len(found)}."
         )
     check_text(dataset, name, text_columns(columns))
+    if "label" in columns:
+        check_classes(dataset, name)
+
+
+def check_classes(dataset: Dataset | IterableDataset, name: str, column: str = "label", several: bool = False) -> None:
+    """Demand that a column has each row's class as a whole number: rows of one class take no positives of each other.
+
+    Args:
+        dataset: the rows. Of a stream, only the column's type is known.
+        name: what an error calls them.
+        column: where the classes are.
+        several: demand more than one class.
+
+    Raises:
+        ValueError: naming the data set, the column, its values and the fix.
+    """
+    feature = dataset.features[column]
+    whole = isinstance(feature, Value) and re.fullmatch(r"u?int(8|16|32)|int64", feature.dtype)
+    classes: set[int | None] = set()
+    if not whole and not isinstance(feature, ClassLabel):
+        shown = feature if isinstance(dataset, IterableDataset) else dataset.with_format(None)[:3][column]
+        wrong, fix = f"holds {shown}", f"dataset.class_encode_column({column!r})"
+    else:
+        if isinstance(dataset, Dataset):
+            for batch in dataset.with_format("arrow").iter(batch_size=10_000):
+                classes.update(batch[column].unique().to_pylist())
+        if None in classes:
+            wrong, fix = "is None in some rows", f"dataset.filter(lambda row: row[{column!r}] is not None)"
+        elif several and len(classes) == 1 and len(dataset) > 1:
+            wrong, fix = f"is {classes.pop()} in every row", "add rows of other classes"
+        else:
+            return
+    raise ValueError(
+        f"Column {column!r} of data set {name!r} {wrong}. It is read as each row's class, a whole number, and rows of "
+        f"one class take no positives of each other. Fix: {fix} if these are classes; dataset.remove_columns"
+        f"({column!r}) if they are anything else, such as scores, or marks that the two texts match."
+    )
 
 
 def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None:
     """Demand ``text, next`` and perhaps ``target``: text, of which ``next`` and ``target`` may be empty.
 
+    Of a stream, the first row is read.
+
     Raises:
-        ValueError: naming the data set, the column and the row, and the fix.
+        ValueError: naming the data set, the column and the row, and the fix; for no rows.
     """
     columns = list(dataset.column_names or [])
     if columns not in (["text", "next"], ["text", "next", "target"]):
@@ -58,6 +97,13 @@ def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None
             "this order. Fix: st_llm_embed.data.consecutive_texts(documents) makes them from raw documents."
         )
     check_text(dataset, name, columns, may_be_empty=("next", "target"))
+    if isinstance(dataset, IterableDataset):
+        try:
+            first = next(iter(dataset), None)
+        except ValueError as error:
+            raise ValueError(f"Data set {name!r} cannot be read: {error}") from error
+        if first is None:
+            raise ValueError(f"Data set {name!r} has no rows.")
 
 
 def check_text(

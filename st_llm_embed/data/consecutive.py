@@ -44,7 +44,8 @@ def consecutive_texts(
             a stream, as its rows pass, in the process that reads them.
 
     Raises:
-        ValueError: for a data set without the columns, or if no document has two texts.
+        ValueError: for a data set without the columns, or if no document has two texts; of a stream, when it is read
+            to its end.
     """
     counts = Counter() if counts is None else counts
     if isinstance(documents, (Dataset, IterableDataset)):
@@ -61,13 +62,7 @@ def consecutive_texts(
     features = Features({column: Value("string") for column in columns})
     if isinstance(documents, IterableDataset):
         return IterableDataset.from_generator(_rows, features=features, gen_kwargs=arguments)
-    rows = list(_rows(**arguments))
-    if not rows:
-        raise ValueError(
-            f"No text has a next one: of {counts['documents']} documents, {counts['empty']} are empty and "
-            f"{counts['without next']} have one text only. Split more finely: split=sentences, or windows(500)."
-        )
-    return Dataset.from_list(rows, features=features)
+    return Dataset.from_list(list(_rows(**arguments)), features=features)
 
 
 def _check_columns(documents: Dataset | IterableDataset, document_column: str | None) -> None:
@@ -108,6 +103,11 @@ def _rows(
             else:
                 target = _content_words(text, stop_words)
                 yield {"text": text, "next": _content_words(following, stop_words), "target": target}
+    if not counts["rows"]:
+        raise ValueError(
+            f"No text has a next one: of {counts['documents']} documents, {counts['empty']} are empty and "
+            f"{counts['without next']} have one text only. Split more finely: split=sentences, or windows(500)."
+        )
 
 
 def _documents(

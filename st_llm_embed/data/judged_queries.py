@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from .rows import Judged, contrastive_dataset
-from .sources import Source, check_source, is_streamed, joined, source_rows
+from .sources import Source, check_source, is_streamed, joined, source_rows, text_or_empty
 
 FORMS = (("pos", "neg"), ("positive_passages", "negative_passages"))
 
@@ -64,4 +64,8 @@ def from_judged_queries(
 def _texts(listed: Any, where: str, column: str) -> list[Any]:
     if not isinstance(listed or [], list):
         raise ValueError(f"{where} has {listed!r} in {column!r}, which must be a list.")
-    return [joined(item.get("title"), item.get("text")) if isinstance(item, dict) else item for item in listed or []]
+    return [_passage(item, where) if isinstance(item, dict) else item for item in listed or []]
+
+
+def _passage(item: dict[str, Any], where: str) -> str:
+    return joined(text_or_empty(item.get("title"), where), text_or_empty(item.get("text"), where))

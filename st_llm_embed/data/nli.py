@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from datasets import Dataset
 
+from .normal_form import normal_form
 from .rows import Judged, contrastive_dataset
 from .sources import Source, check_source, label_names, source_rows, stripped
 
@@ -49,7 +50,7 @@ def from_nli(
         found = set()
         for where, row in source_rows(source, columns):
             anchor = stripped(row[premise], where)
-            group = groups.setdefault(anchor, Judged(where, anchor, [], []))
+            group = groups.setdefault(normal_form(anchor), Judged(where, anchor, [], []))
             value = names.get(row[label], row[label])
             found.add(value)
             if value == entailment:

@@ -1,8 +1,8 @@
 """Clean rows of ``anchor, positive, negative_1..n`` from judged texts: what all builders end with.
 
 Removed and counted: empty texts, a positive that is its anchor, a negative that is its anchor or one of its positives
-(a contradiction), and a row that was there before. Which negatives a row gets depends on the seed and its own texts
-alone, so a stream gives the rows that the whole data set gives.
+(a contradiction), and a row that was there before. Texts are the same if their normal forms are. Which negatives a row
+gets depends on the seed and its own texts alone, so a stream gives the rows that the whole data set gives.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
+from .normal_form import normal_form
 from .sources import stripped
 
 ROWS_AT_ONCE = 10_000
@@ -86,40 +87,42 @@ def _clean(
         anchors = _distinct([entry.anchor], entry.where, counts)
         positives = _distinct(entry.positives, entry.where, counts)
         negatives = _distinct(entry.negatives, entry.where, counts) if count else {}
-        for anchor in anchors:
-            counts["contradictions"] += len(negatives.keys() & (positives.keys() | {anchor}))
-            wrong = [text for text in negatives if text not in positives and text != anchor]
-            counts["identical"] += anchor in positives
-            right = [text for text in positives if text != anchor]
+        for form, anchor in anchors.items():
+            counts["contradictions"] += len(negatives.keys() & (positives.keys() | {form}))
+            wrong = [(key, text) for key, text in negatives.items() if key not in positives and key != form]
+            counts["identical"] += form in positives
+            right = {key: text for key, text in positives.items() if key != form}
             counts["no positive"] += not right
-            for positive in right:
+            for key, positive in right.items():
                 if len(wrong) < count:
                     if not drop_short:
                         raise ValueError(_short(entry.where, anchor, len(wrong), count))
                     counts["too few negatives"] += 1
                     continue
-                chosen = random.Random(f"{seed}\n{anchor}\n{positive}").sample(range(len(wrong)), count)
-                row = (anchor, positive, *(wrong[i] for i in sorted(chosen)))
-                digest = blake2b("\0".join(row).encode(), digest_size=16).digest()
+                drawn = random.Random(f"{seed}\n{anchor}\n{positive}").sample(range(len(wrong)), count)
+                chosen = [wrong[i] for i in sorted(drawn)]
+                forms = (form, key, *(key for key, _ in chosen))
+                digest = blake2b("\0".join(forms).encode(), digest_size=16).digest()
                 if digest in seen:
                     counts["duplicates"] += 1
                     continue
                 seen.add(digest)
                 counts["rows"] += 1
-                yield row
+                yield anchor, positive, *(text for _, text in chosen)
 
 
-def _distinct(texts: Iterable[Any], where: str, counts: Counter[str]) -> dict[str, None]:
-    """``texts`` without the space around them, in order, each once, none empty."""
-    kept: dict[str, None] = {}
+def _distinct(texts: Iterable[Any], where: str, counts: Counter[str]) -> dict[str, str]:
+    """``texts`` without the space around them, by their normal forms: in order, each once, none empty."""
+    kept: dict[str, str] = {}
     for text in texts:
         clean = stripped(text, where)
-        if not clean:
+        form = normal_form(clean)
+        if not form:
             counts["empty"] += 1
-        elif clean in kept:
+        elif form in kept:
             counts["duplicates"] += 1
         else:
-            kept[clean] = None
+            kept[form] = clean
     return kept
 
 

@@ -145,8 +145,8 @@ def label_names(source: Source, column: str) -> dict[int, str]:
     return dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else {}
 
 
-def stripped(text: Any, where: str) -> str:
-    """``text`` without the space around it, and "" for None.
+def text_or_empty(text: Any, where: str) -> str:
+    """``text``, and "" for None.
 
     Raises:
         ValueError: naming the row, for what is not text.
@@ -155,9 +155,14 @@ def stripped(text: Any, where: str) -> str:
         raise ValueError(
             f"{where} has {text!r} where text is expected. Fix: choose another column, or cast it to str."
         )
-    return (text or "").strip()
+    return text or ""
 
 
-def joined(title: str | None, text: str | None) -> str:
+def stripped(text: Any, where: str) -> str:
+    """``text_or_empty`` without the space around it."""
+    return text_or_empty(text, where).strip()
+
+
+def joined(title: str, text: str) -> str:
     """A document as the retrieval benchmarks embed it: the title, a space, the text."""
-    return f"{title or ''} {text or ''}".strip()
+    return f"{title} {text}".strip()

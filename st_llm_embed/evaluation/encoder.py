@@ -18,7 +18,7 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_llm_embed.tasks import Task, before_text, known_task, same_task
+from st_llm_embed.tasks import DOCUMENT, QUERY, SIMILARITY, Task, before_text, known_task, prompt_of, same_task
 
 
 class PromptedEncoder(AbsEncoder):
@@ -52,18 +52,18 @@ class PromptedEncoder(AbsEncoder):
 
         For queries and symmetric texts, the first of: the model's prompt by the task's name; for a model with
         instructions, this package's or mteb's instruction for the task; the model's ``query`` or ``similarity``
-        prompt. For documents, the model's prompt for these.
+        prompt, or its default. For documents, what ``encode_document`` gives them.
         """
-        saved = {name: prompt for name, prompt in self.model.prompts.items() if prompt}
+        prompts, default = self.model.prompts, self.model.default_prompt_name
         if side == PromptType.document:
-            return next((saved[name] for name in ("document", "passage", "corpus") if name in saved), "")
-        if (own := next((name for name in saved if same_task(name, task.name)), None)) is not None:
-            return saved[own]
-        general = saved.get("query" if side else "similarity", "")
-        instructed = any(prompt.startswith("Instruct: ") for prompt in saved.values())
+            return prompt_of(DOCUMENT, prompts, default)
+        if (own := next((name for name in prompts if same_task(name, task.name)), None)) is not None:
+            return prompts[own] or ""
+        general = prompt_of(QUERY if side else SIMILARITY, prompts, default)
+        instructed = any(prompt.startswith("Instruct: ") for prompt in prompts.values() if prompt)
         if instructed and (instruction := _instruction(task)):
             return before_text(Task(task.name, instruction).prompt, general)
-        return general or ("" if side else saved.get(self.model.default_prompt_name or "", ""))
+        return general
 
     def main_prompt(self, task: AbsTask) -> str:
         """The prompt of a task's queries, or of its texts where all are of one sort."""

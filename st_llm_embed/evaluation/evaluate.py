@@ -1,7 +1,7 @@
 """One call evaluates a model on mteb's tasks and local ones, under its saved prompts.
 
-Results are mteb's own files, kept by the model's revision, its precision and its attention: what is there already is
-not computed again, so an interrupted evaluation goes on.
+Results are mteb's own files, kept by the model's revision, its precision and its attention: what is there already for
+the data as they are is not computed again, so an interrupted evaluation goes on.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.evaluation.encoder import PromptedEncoder
-from st_llm_embed.evaluation.local_tasks import local_task
+from st_llm_embed.evaluation.local_tasks import LocalTask, local_task
 from st_llm_embed.hub.checking import demand_known_code
-from st_llm_embed.hub.folders import PICKLES, has_code, hash_files
+from st_llm_embed.hub.folders import PICKLES, demand_writable, has_code, hash_files, left_by_trainer
 from st_llm_embed.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -74,14 +74,23 @@ def evaluate(
 
     Raises:
         FileNotFoundError: for a split that a folder does not have.
-        ValueError: for an unknown task, two of one name, a folder in another layout, unknown code in the model, or
-            texts longer than it takes.
+        OSError: if ``output`` cannot be written.
+        ValueError: for an unknown task, two of one name, a folder in another layout or with something else where text
+            or a judgement is expected, unknown code in the model, or texts longer than it takes.
         ConnectionError: for a task whose data are on the Hub, while it cannot be reached.
     """
+    demand_writable(Path(output))
     chosen = find_tasks(tasks, split)
     names = [task.metadata.name for task in chosen]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"The tasks {twice} are named twice, and results are kept by name.")
+        raise ValueError(
+            f"The tasks {twice} are named twice, and results are kept by name. Fix: rename one of the folders, or "
+            "evaluate on it in a run of its own."
+        )
+    for task in chosen:
+        if isinstance(task, LocalTask):  # what is wrong with its files is said now, not after the tasks before it
+            task.load_data()
+            task.unload_data()
     root, commit = find_model(source, revision)
     model = load_model(root, dtype, attn_implementation, max_seq_length, device, trust_remote_code)
     name = Path(source).resolve().name if Path(source).is_dir() else str(source)
@@ -97,7 +106,13 @@ def evaluate(
     results = []
     for task in chosen:
         try:
-            results += mteb.evaluate(encoder, task, cache=cache, encode_kwargs={"batch_size": batch_size}).task_results
+            results += mteb.evaluate(
+                encoder,
+                task,
+                cache=cache,
+                overwrite_strategy="always" if _is_stale(task, encoder, cache) else "only-missing",
+                encode_kwargs={"batch_size": batch_size},
+            ).task_results
         except OFFLINE as error:
             raise ConnectionError(
                 f"The data of {task.metadata.name} are on the Hub ({task.metadata.dataset['path']}), which cannot be "
@@ -108,6 +123,15 @@ def evaluate(
     table = _table(results, chosen, encoder)
     (folder / "results.md").write_text(table, encoding="utf-8")
     return Evaluated(results, table, folder)
+
+
+def _is_stale(task: AbsTask, encoder: PromptedEncoder, cache: mteb.ResultCache) -> bool:
+    """Are the results that are there those of other data?
+
+    NOTE: mteb compares the data's revision only where a split is missing.
+    """
+    there = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
+    return there is not None and there.dataset_revision != task.metadata.revision
 
 
 def find_tasks(names: Iterable[str | Path], split: str = "test") -> list[AbsTask]:
@@ -134,9 +158,14 @@ def find_tasks(names: Iterable[str | Path], split: str = "test") -> list[AbsTask
 
 
 def find_model(source: str | Path, revision: str | None = None) -> tuple[Path, str]:
-    """The folder of a model, and what names this state of it: the commit, or a hash of its files."""
+    """The folder of a model, and what names this state of it: the commit, or a hash of its files, but for its card and
+    what a trainer left."""
     if Path(source).is_dir():
-        files = [file for file in sorted(Path(source).rglob("*")) if file.is_file() and file.name != "README.md"]
+        files = [
+            file
+            for file in sorted(Path(source).rglob("*"))
+            if file.is_file() and file.name != "README.md" and not left_by_trainer(file)
+        ]
         return Path(source), hash_files(Path(source), files)
     root = Path(snapshot_download(str(source), revision=revision, ignore_patterns=[*PICKLES]))
     return root, root.name

@@ -7,12 +7,15 @@ JSON lines, plain or ``.gz``, in one of these layouts:
 - pair classification: ``SPLIT.jsonl`` with ``sentence1``, ``sentence2``, ``label``, 1 for pairs that belong together
 - classification: ``train.jsonl`` and ``SPLIT.jsonl`` with ``text``, ``label``
 - clustering: ``SPLIT.jsonl`` with ``text``, ``label``, and no ``train.jsonl``
+
+The figures are those that mteb gives for the same data on the Hub.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,11 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from st_llm_embed.data.beir import judgements_file, read_qrels
+from st_llm_embed.data.beir import judgements_file, read_qrels, read_texts
+from st_llm_embed.data.normal_form import normal_form
 from st_llm_embed.data.sources import plain_or_gz, read_json_lines
 from st_llm_embed.hub.folders import hash_files
+from st_llm_embed.version import __version__
 
 logger = logging.getLogger(__name__)
 LAYOUTS = (
@@ -73,7 +78,7 @@ class LocalTask(AbsTask):
         split: to evaluate on.
 
     Attributes:
-        counts: what was left out of the data, by reason.
+        counts: what of the data does not count, or not as one might expect, by reason.
     """
 
     kind: str
@@ -85,8 +90,8 @@ class LocalTask(AbsTask):
         self.metadata = TaskMetadata(
             name=folder.resolve().name,
             description=f"{split} of {folder}",
-            # Results on other data are not taken for these.
-            dataset={"path": str(folder), "revision": hash_files(folder, self._files())},
+            # Results on other data, or on these as another version read them, are not taken for these.
+            dataset={"path": str(folder), "revision": f"{hash_files(folder, self._files())}-{__version__}"},
             type=self.kind,
             category="t2t" if self.kind in ("Retrieval", "STS", "PairClassification") else "t2c",
             eval_splits=[split],
@@ -108,15 +113,13 @@ class LocalTask(AbsTask):
         """Free the data. mteb's own would take ``metadata`` for a change to a class attribute, and drop it too."""
         self.dataset, self.data_loaded = None, False
 
-    def _read(self) -> DatasetDict:
-        return DatasetDict({split: _read_split(self.folder, split) for split in (*self.splits, self.split)})
-
 
 class LocalRetrieval(LocalTask, AbsTaskRetrieval):
     """A retrieval set in BEIR's layout, with graded judgements.
 
-    Judgements of documents or queries that are not in the files are left out and counted, and so are queries without
-    a relevant document.
+    As in mteb and BEIR, a relevant document that is not in the files counts as not found, a query without a relevant
+    one as 0, and of lines with one id the last; judgements of queries that are not in the files are left out. Where
+    the queries are documents of the corpus under the same id (ArguAna, Quora), a query is no answer to itself.
     """
 
     kind = "Retrieval"
@@ -128,71 +131,150 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
 
     def _read(self) -> dict[str, Any]:
         corpus_file, query_file, qrels = self._files()
-        corpus = [
-            {"id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"]}
-            for _, row in read_json_lines(corpus_file)
-        ]
-        queries = {str(row["_id"]): row["text"] for _, row in read_json_lines(query_file)}
-        documents = {row["id"] for row in corpus}
+        counts: Counter[str] = Counter()
+        corpus: dict[str, str] = {}
+        queries: dict[str, str] = {}
+        documents_too = set()  # queries
+        for line in read_texts(query_file):
+            counts["queries whose id comes again"] += line.id in queries
+            queries[line.id] = line.text
+        for line in read_texts(corpus_file):
+            counts["documents whose id comes again"] += line.id in corpus
+            corpus[line.id] = line.document
+            spellings = {normal_form(line.text), normal_form(line.document)} if line.id in queries else ()
+            if spellings and normal_form(queries[line.id]) in spellings:
+                documents_too.add(line.id)
         judged: dict[str, dict[str, int]] = {}
-        self.counts.clear()
         for query, document, score in read_qrels(qrels):
             if score != int(score):
                 raise ValueError(f"{qrels} grades {document!r} for {query!r} by {score}. Grades are whole numbers.")
-            self.counts["judgements of missing documents"] += (absent := document not in documents)
-            self.counts["judgements of missing queries"] += query not in queries
-            if not absent and query in queries:
-                judged.setdefault(query, {})[document] = int(score)
-        relevant = {query: grades for query, grades in judged.items() if max(grades.values()) > 0}
-        self.counts["queries without a relevant document"] = len(judged) - len(relevant)
-        if not relevant:
-            raise ValueError(f"{qrels} names no query and document that are both in {self.folder}.")
-        if left_out := {why: count for why, count in self.counts.items() if count}:
-            logger.warning("%s: left out are %s.", qrels, left_out)
-        asked = [{"id": query, "text": queries[query]} for query in relevant]
+            counts["judgements of missing documents"] += document not in corpus
+            counts["judgements of missing queries"] += query not in queries
+            if query in queries:
+                # NOTE: pytrec_eval crashes on queries with negative grades alone, which mean what 0 means.
+                judged.setdefault(query, {})[document] = max(0, int(score))
+        relevant = {
+            query: {document for document, grade in grades.items() if grade > 0} for query, grades in judged.items()
+        }
+        counts["queries without a relevant document"] = sum(not documents for documents in relevant.values())
+        if not any(documents & corpus.keys() for documents in relevant.values()):
+            raise ValueError(f"{qrels} names no query and relevant document that are both in {self.folder}.")
+        # Not where ids mean something else: there a query's relevant document may have its id.
+        self.ignore_identical_ids = bool(documents_too) and not any(query in relevant[query] for query in relevant)
+        if self.ignore_identical_ids:
+            counts["queries that are documents"] = len(documents_too & judged.keys())
+        if counts != self.counts and +counts:
+            logger.warning("%s: there are %s; see LocalRetrieval for how they count.", qrels, dict(+counts))
+        self.counts = counts
+        asked = [{"id": query, "text": text} for query, text in queries.items() if query in judged]
         return {
             self.split: {
-                "corpus": Dataset.from_list(corpus),
+                "corpus": Dataset.from_dict({"id": list(corpus), "text": list(corpus.values())}),
                 "queries": Dataset.from_list(asked),
-                "relevant_docs": relevant,
+                "relevant_docs": judged,
                 "top_ranked": None,
             }
         }
 
 
-class LocalSTS(LocalTask, AbsTaskSTS):
+class TableTask(LocalTask):
+    """A task of one table for each split: columns of text, and one that judges them."""
+
+    texts: tuple[str, ...]
+    judged: str
+    valid: str  # what may judge them
+
+    def _read(self) -> DatasetDict:
+        tables = {split: self._rows(split) for split in (*self.splits, self.split)}
+        self._check({split: [row[self.judged] for row in rows] for split, rows in tables.items()})
+        return DatasetDict({split: Dataset.from_list(rows) for split, rows in tables.items()})
+
+    def _rows(self, split: str) -> list[dict[str, Any]]:
+        """The columns that the task reads.
+
+        Raises:
+            ValueError: naming the line with something else where text or a judgement is expected.
+        """
+        rows = []
+        for where, row in read_json_lines(_split_file(self.folder, split)):
+            for column in self.texts:
+                if not isinstance(row.get(column), str):
+                    raise ValueError(f"{where} has {row.get(column)!r} in {column!r}, where text is expected.")
+            if not self._judges(row.get(self.judged)):
+                raise ValueError(f"{where} has {row.get(self.judged)!r} in {self.judged!r}. {self.valid}")
+            rows.append({column: row[column] for column in (*self.texts, self.judged)})
+        return rows
+
+    def _judges(self, value: Any) -> bool:
+        raise NotImplementedError
+
+    def _check(self, judgements: dict[str, list[Any]]) -> None:
+        """Refuse a split on which there is no figure."""
+        self._demand_two(self.split, judgements[self.split])
+
+    def _demand_two(self, split: str, values: list[Any]) -> None:
+        if len(found := set(values)) < 2:
+            raise ValueError(
+                f"{_split_file(self.folder, split)} has {list(found)} alone in {self.judged!r}: there is nothing to "
+                f"tell apart. {self.valid}"
+            )
+
+
+class LocalSTS(TableTask, AbsTaskSTS):
     """Spearman's correlation of cosine with the scores; any scale of scores will do."""
 
     kind = "STS"
     main_score = "cosine_spearman"
+    texts = ("sentence1", "sentence2")
+    judged = "score"
+    valid = "Scores are numbers, at least two different ones, on any scale."
+
+    def _judges(self, value: Any) -> bool:
+        return isinstance(value, int | float) and isfinite(value)
 
 
-class LocalPairClassification(LocalTask, AbsTaskPairClassification):
+class LocalPairClassification(TableTask, AbsTaskPairClassification):
     """Average precision of cosine at telling the pairs labelled 1 from those labelled 0."""
 
     kind = "PairClassification"
     main_score = "max_ap"
     label_column_name = "label"
+    texts = ("sentence1", "sentence2")
+    judged = "label"
+    valid = "Labels are 1 for pairs that belong together, else 0, and there must be both."
 
-    def _read(self) -> DatasetDict:
-        dataset = super()._read()
-        if set(labels := dataset[self.split].unique("label")) != {0, 1}:
-            raise ValueError(
-                f"{self.folder} labels its pairs {sorted(labels, key=str)[:5]}. Labels are 1 for pairs that belong "
-                "together, else 0."
-            )
-        return dataset
+    def _judges(self, value: Any) -> bool:
+        return value in (0, 1)
 
 
-class LocalClassification(LocalTask, AbsTaskClassification):
+class ClassTask(TableTask):
+    """A task of texts and their classes."""
+
+    texts = ("text",)
+    judged = "label"
+    valid = "Labels are text or numbers, one for each text, and all of one sort."
+
+    def _judges(self, value: Any) -> bool:
+        return isinstance(value, str | int | float)
+
+    def _check(self, judgements: dict[str, list[Any]]) -> None:
+        if len({isinstance(label, str) for labels in judgements.values() for label in labels}) > 1:
+            raise ValueError(f"{self.folder} has labels of text and of numbers. {self.valid}")
+
+
+class LocalClassification(ClassTask, AbsTaskClassification):
     """Accuracy of mteb's logistic regressions on a few texts of each class of ``train``."""
 
     kind = "Classification"
     main_score = "accuracy"
     splits = ("train",)
 
+    def _check(self, judgements: dict[str, list[Any]]) -> None:
+        super()._check(judgements)
+        self._demand_two("train", judgements["train"])
 
-class LocalClustering(LocalTask, AbsTaskClustering):
+
+class LocalClustering(ClassTask, AbsTaskClustering):
     """V-measure of mteb's k-means."""
 
     kind = "Clustering"
@@ -208,7 +290,3 @@ def _split_file(folder: Path, split: str) -> Path:
     except FileNotFoundError as error:
         there = sorted(file.name for file in folder.glob("*.jsonl*"))
         raise FileNotFoundError(f"{error} Files of {folder}: {', '.join(there) or 'none'}.") from error
-
-
-def _read_split(folder: Path, split: str) -> Dataset:
-    return Dataset.from_list([row for _, row in read_json_lines(_split_file(folder, split))])

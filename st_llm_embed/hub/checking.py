@@ -23,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.hub.folders import PICKLES, STOCK, demand_contained, has_code, read_json
 from st_llm_embed.modules import reference
+from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import TEXTS, differing_settings, take_reference
 
 REFERENCE = "reference.json"
@@ -95,6 +96,11 @@ def check(
     if not difference <= tolerance:
         causes = differing_settings(expected, found)
         causes |= {"prompts": "others"} if expected["prompts"] != found["prompts"] else {}
+        if not causes and expected["dtype"] in ("float16", "bfloat16"):
+            causes["precision"] = (
+                "casting the LLM by itself also rounds what it computes from its config, such as rotary frequencies; "
+                "cast the whole model (model.half(), model.bfloat16()) or load it with model_kwargs={'dtype': ...}"
+            )
         listed = "; ".join(f"{setting}: {change}" for setting, change in causes.items())
         raise RuntimeError(
             f"{source} gives other vectors in a fresh process: they differ by {difference:.1e} under the prompt "
@@ -121,7 +127,7 @@ def demand_known_code(root: Path) -> None:
     """Check that whatever code loading ``root`` runs is a file that this package ships.
 
     Raises:
-        ValueError: for other code, or a way to it: code of the LLM, or an adapter, whose base has files of its own.
+        ValueError: for other code, or a way to it: code of the LLM, or of the base of an adapter.
     """
     shipped = {_hash(file) for file in Path(reference.__file__).parent.glob("*.py")}
     installed = (STOCK, f"{__name__.partition('.')[0]}.")
@@ -129,13 +135,30 @@ def demand_known_code(root: Path) -> None:
     needed = {f"{name.rpartition('.')[0]}.py" for name in types if not name.startswith(installed)}
     needed |= {file.name for file in root.glob("*.py")}
     unknown = {name for name in needed if not (root / name).is_file() or _hash(root / name) not in shipped}
-    unknown |= {file.name for file in root.glob("*.json") if '"auto_map"' in file.read_text(encoding="utf-8")}
-    unknown |= {file.name for file in root.glob("adapter_config.json")}
+    unknown |= _leading_to_code(root)
+    if (root / ADAPTER_CONFIG).is_file():
+        base = read_json(root / ADAPTER_CONFIG)["base_model_name_or_path"]
+        unknown |= {f"{base}: {name}" for name in _leading_to_code(_base_folder(root, base))}
     if unknown:
         raise ValueError(
             f"{root} runs code that this version of the package does not ship, by {sorted(unknown)}. Read it; then "
             "pass trust_remote_code=True (--trust-remote-code) to run it."
         )
+
+
+def _leading_to_code(llm: Path) -> set[str]:
+    """The files of an LLM's folder that name code of its own."""
+    return {file.name for file in llm.glob("*.json") if '"auto_map"' in file.read_text(encoding="utf-8")}
+
+
+def _base_folder(root: Path, base: str) -> Path:
+    """Where the configuration of an adapter's base is: of one on the Hub, that much is downloaded."""
+    if base == OWN_BASE:
+        return root / base
+    if Path(base).is_dir() or Path(base).is_absolute():
+        return Path(base)
+    revision = read_json(root / ADAPTER_CONFIG).get("revision")
+    return Path(snapshot_download(base, revision=revision, allow_patterns="*.json"))
 
 
 def _hash(file: Path) -> str:

@@ -5,50 +5,143 @@ A folder from elsewhere is data. Nothing it names may lie outside it, and none o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 
 STOCK = "sentence_transformers."
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")  # reading them may run code
+# What a trainer leaves beside a model, and what loading the model never reads.
+LEFT_BY_TRAINERS = (
+    "training_args.bin",
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+)
 
 
 def demand_empty(folder: Path) -> None:
-    """Raise FileExistsError if ``folder`` is there and holds something."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another, or remove it first.")
+    """Check that a new folder can be written at ``folder``, before the work whose result goes there.
+
+    Raises:
+        FileExistsError: if it is there and holds something, or is a file.
+        OSError: if it cannot be written.
+    """
+    demand_writable(folder)
+    if folder.is_dir() and (held := sorted(file.name for file in folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is not an empty folder. Choose another, or remove it first. It holds "
+            f"{', '.join(held[:5])}."
+        )
+
+
+def demand_writable(folder: Path) -> None:
+    """Try whether a folder, and a file in it, can be written at ``folder``. Nothing of it stays.
+
+    Raises:
+        FileExistsError: if it is a file.
+        OSError: if it cannot be: no permission, a read-only or full disk, a file in the place of a parent, a name too
+            long.
+    """
+    try:
+        home = _existing(folder)
+        if home == folder and not folder.is_dir():
+            raise FileExistsError(errno.EEXIST, "it exists and is not an empty folder")
+        with tempfile.TemporaryDirectory(dir=home, prefix=".") as temporary:
+            tried = Path(temporary, folder.relative_to(home))
+            tried.mkdir(parents=True, exist_ok=True)
+            (tried / "tried").write_bytes(bytes(4096))
+    except OSError as error:
+        raise type(error)(f"{folder} cannot be written: {error.strerror}. Choose another place.") from error
 
 
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
-    """A path to write to, which becomes ``target`` at the end: an error or an interruption leaves nothing of it."""
+    """A path to write to, which becomes ``target`` at the end: an error or an interruption leaves nothing of it.
+
+    A folder that is there already is kept, as it may be a mount point, or its parent not ours to write to: the path
+    lies in it, and what was written moves up.
+
+    Raises:
+        OSError: if something came into the target's place meanwhile; it says where the work was left.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        staged = Path(temporary) / target.name
+    home = target if target.is_dir() else target.parent
+    temporary = Path(tempfile.mkdtemp(dir=home, prefix=f".{target.name[:32]}-"))
+    staged = temporary / target.name
+    try:
         yield staged
-        if target.is_dir():
-            target.rmdir()
-        staged.rename(target)
-
-
-def demand_room(folder: Path, model: SentenceTransformer) -> None:
-    """Raise OSError if the disk of ``folder`` has no room for ``model``'s weights and a tenth more."""
-    needed = 1.1 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if (free := shutil.disk_usage(folder).free) < needed:
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    try:
+        if home == target:
+            for entry in list(staged.iterdir()):
+                entry.rename(target / entry.name)
+        else:
+            staged.rename(target)
+    except OSError as error:
         raise OSError(
-            f"{folder} has {free / 1e6:,.0f} MB free, and the model needs {needed / 1e6:,.0f} MB. Make room, or "
+            f"{target} could not be put in place: {error.strerror}. Nothing is lost: what was written is in {staged}."
+        ) from error
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def demand_room(folder: Path, needed: int) -> None:
+    """Raise OSError if the disk of ``folder``, which need not be there yet, has no room for ``needed`` bytes and a
+    tenth more."""
+    if (free := shutil.disk_usage(_existing(folder)).free) < 1.1 * needed:
+        raise OSError(
+            f"{folder} has {free / 1e6:,.0f} MB free, and the model needs {1.1 * needed / 1e6:,.0f} MB. Make room, or "
             "choose another folder."
         )
 
 
+def size_of(model: SentenceTransformer) -> int:
+    """The bytes of a model's weights."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def _existing(path: Path) -> Path:
+    """``path``, or the nearest of its parents that is there."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def find_damaged(folder: Path) -> list[str]:
+    """The files of a saved model or checkpoint that a crash cut off: safetensors, PyTorch's archives and JSON; and the
+    shards that are missing."""
+    damaged = []
+    for file in sorted(folder.rglob("*")):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):  # compares its length with its header
+                    pass
+            elif any(file.match(pattern) for pattern in PICKLES) and file.is_file():
+                zipfile.ZipFile(file).close()  # its directory is its end
+            elif file.suffix == ".json":
+                content = read_json(file)
+                if file.name.endswith(".index.json"):
+                    shards = {file.with_name(name) for name in content["weight_map"].values()}
+                    damaged += sorted(str(shard) for shard in shards if not shard.is_file())
+        except (SafetensorError, zipfile.BadZipFile, ValueError):
+            damaged.append(str(file))
+    return damaged
+
+
 def demand_contained(root: Path, within: Path | None = None) -> None:
-    """Check that a model folder is one, that all it names lies in it, and that none of its files is a pickle.
+    """Check that a model folder is one, that all it names lies in it, and that none of its files is a pickle, but for
+    those of a trainer, which nothing may name.
 
     Args:
         root: the folder.
@@ -63,10 +156,12 @@ def demand_contained(root: Path, within: Path | None = None) -> None:
     home = (within or root).resolve()
     if links := sorted(str(file) for file in root.rglob("*") if not file.resolve().is_relative_to(home)):
         raise ValueError(f"{root} has links that lead out of it: {links}. Copy what they point to in their place.")
-    if pickles := sorted(str(file) for pattern in PICKLES for file in root.rglob(pattern)):
+    found = {file for pattern in PICKLES for file in root.rglob(pattern) if not left_by_trainer(file)}
+    # An index of pickled weights may name any file.
+    if pickles := sorted(map(str, found.union(root.rglob("*.bin.index.json")))):
         raise ValueError(
             f"{root} holds {pickles}, which may run code when read, and which no model needs. Weights belong into "
-            "safetensors files; what is left of a training can be removed."
+            "safetensors files."
         )
     for entry in read_json(root / "modules.json"):
         _demand_inside(root, "modules.json", entry["path"])
@@ -75,6 +170,13 @@ def demand_contained(root: Path, within: Path | None = None) -> None:
     for index in root.rglob("*.safetensors.index.json"):
         for name in set(read_json(index)["weight_map"].values()):
             _demand_inside(root, index.name, name)
+            if not name.endswith(".safetensors"):
+                raise ValueError(f"{index} names {name!r}. Weights belong into safetensors files.")
+
+
+def left_by_trainer(file: Path) -> bool:
+    """Is ``file`` a pickle that a trainer left beside a model?"""
+    return any(file.match(name) for name in LEFT_BY_TRAINERS)
 
 
 def _demand_inside(root: Path, file: str, path: str) -> None:

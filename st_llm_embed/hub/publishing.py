@@ -21,16 +21,19 @@ from sentence_transformers import SentenceTransformer
 from st_llm_embed.card import finish_card, inherit_license
 from st_llm_embed.hub.checking import REFERENCE, check
 from st_llm_embed.hub.folders import (
+    PICKLES,
     demand_contained,
     demand_empty,
     demand_room,
     has_code,
     read_json,
+    size_of,
     write_json,
     written_beside,
 )
 from st_llm_embed.hub.sealing import seal
 from st_llm_embed.merging import has_adapter, merge_adapter
+from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import take_reference
 
 logger = logging.getLogger(__name__)
@@ -54,15 +57,14 @@ def save_sealed(model: SentenceTransformer, folder: str | Path, card_section: st
 
     Raises:
         FileExistsError: if ``folder`` holds something.
-        OSError: if the disk has no room for it.
+        OSError: if ``folder`` cannot be written, or its disk has no room for the model.
         ValueError: if the model is quantised, or its weights are not there.
         RuntimeError: if the fresh process cannot load it or gives other vectors.
     """
     target = Path(folder).resolve()
     demand_empty(target)
     _demand_weights(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    demand_room(target.parent, model)
+    demand_room(target, size_of(model))
     inherit_license(model)
     with written_beside(target) as staged:
         model.save_pretrained(str(staged))
@@ -118,6 +120,9 @@ def publish(
         raise ValueError(f"repo_id={repo_id!r} is not a valid name such as 'organisation/name': {error}") from error
     _demand_weights(model)
     _demand_choice(model, adapter)
+    if adapter == "only":
+        for config in model.transformers_model.peft_config.values():
+            _demand_reachable(config.base_model_name_or_path)
     if not (exist_ok or create_pr):
         _demand_free(HfApi(token=token), repo_id)  # before the work, not only after it
     if adapter == "merge":
@@ -165,6 +170,7 @@ def upload(
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message,
+            ignore_patterns=[*PICKLES],  # what a trainer left
             delete_patterns="*",  # an adapter or a shard of an earlier version would be loaded along
         )
     return commit.pr_url if create_pr else commit.commit_url
@@ -182,13 +188,16 @@ def demand_uploadable(folder: Path) -> None:
             f"The Hub takes files of at most {FILE_LIMIT / 1e9:.0f} GB, and {large} are larger (in bytes). Save the "
             "model in half precision, or in smaller shards."
         )
-    if (config := folder / "adapter_config.json").is_file():
-        base = read_json(config)["base_model_name_or_path"]
-        if Path(base).exists():
-            raise ValueError(
-                f"The adapter's base is {base!r}, a folder of this machine, so nobody else could load it. Publish it "
-                "with adapter='merge', or train it on a base from the Hub."
-            )
+    if (config := folder / ADAPTER_CONFIG).is_file():
+        _demand_reachable(read_json(config)["base_model_name_or_path"])
+
+
+def _demand_reachable(base: str) -> None:
+    if base and base != OWN_BASE and Path(base).exists():
+        raise ValueError(
+            f"The adapter's base is {base!r}, a folder of this machine, so nobody else could load it. Publish it "
+            "with adapter='merge', or train it on a base from the Hub."
+        )
 
 
 def _demand_weights(model: SentenceTransformer) -> None:
@@ -209,8 +218,8 @@ def _demand_choice(model: SentenceTransformer, adapter: str | None) -> None:
         raise ValueError(f"adapter={adapter!r} is unknown. Valid values: {', '.join(ADAPTERS)}.")
     if has_adapter(model) and adapter is None:
         raise ValueError(
-            "The model has an adapter. Choose adapter='merge' (a model as large as its base, which loads without "
-            "peft) or adapter='only' (small; its base is downloaded along with it)."
+            "The model has an adapter. Choose adapter='merge' (--adapter merge: a model as large as its base, which "
+            "loads without peft) or adapter='only' (--adapter only: small; its base is downloaded along with it)."
         )
     if adapter is not None and not has_adapter(model):
         raise ValueError(f"adapter={adapter!r}, but the model has no adapter. Leave it out.")

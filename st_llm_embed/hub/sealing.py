@@ -14,13 +14,14 @@ dotted names with the live classes, and passes the last weights as the best wher
 from __future__ import annotations
 
 import importlib.util
-import re
 import shutil
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from st_llm_embed.hub.folders import STOCK, demand_contained, read_json, write_json
+from st_llm_embed.modules.adapters import ADAPTER_CONFIG
 from st_llm_embed.modules.llm_backbone import REQUIREMENTS
 
 BACKBONE = "LLMBackbone"
@@ -52,11 +53,10 @@ def seal(folder: str | Path) -> None:
             module whose class cannot be found to copy its source.
     """
     root = Path(folder)
-    if re.fullmatch(r"checkpoint-\d+", root.name) or (root / "trainer_state.json").is_file():
+    if (root / "trainer_state.json").is_file():
         raise ValueError(
             f"{root} is a trainer's checkpoint. Sealed, it could not be resumed from, nor reloaded as the best one at "
-            "the end: the trainer finds it by its classes' names. Load it, and seal what save_sealed(model, folder) "
-            "writes."
+            "the end: the trainer finds it by its classes' names. Load it, and write it by save_sealed(model, folder)."
         )
     demand_contained(root)
     modules = read_json(root / "modules.json")
@@ -79,30 +79,26 @@ def seal(folder: str | Path) -> None:
 def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
     """Would sentence-transformers' own Transformer do what the saved LLMBackbone does?
 
-    The mode is in config.json and EOS in tokenizer.json. What stock lacks is the part of a prompt after the text, and
-    the exact instruction mask, which only a pooling that leaves the prompt out reads. An adapter alone comes with its
-    base model's config.json, which knows nothing of the mode: it is stock only where the LLM is left as it was.
+    The mode is in config.json and EOS in tokenizer.json. What stock lacks is the part of a prompt after the text, the
+    exact instruction mask, which only a pooling that leaves the prompt out reads, a token for an empty text where the
+    tokenizer gives none, and truncation on the left that spares the prompt. An adapter alone is never stock: the
+    config.json of its base knows nothing of the mode or of a cut, and stock loads neither the revision it is asked for
+    nor all tensors nor added tokens.
     """
     backbone, *others = modules
-    if backbone["type"].rpartition(".")[2] != BACKBONE:
+    if backbone["type"].rpartition(".")[2] != BACKBONE or (root / ADAPTER_CONFIG).is_file():
         return False
     prompts = read_json(root / "config_sentence_transformers.json")["prompts"]
     settings = read_json(root / "sentence_bert_config.json")
-    if settings["attention"] == "causal":
-        as_configured = settings["window"] == "keep" or not _is_adapter(root)
-    else:
-        as_configured = not _is_adapter(root) and read_json(root / "config.json").get("is_causal") is False
     return (
-        as_configured
+        (settings["attention"] == "causal" or read_json(root / "config.json").get("is_causal") is False)
         and all(entry["type"].startswith(STOCK) for entry in others)
         and settings["add_eos"] != "nv-embed"
+        and read_json(root / "tokenizer_config.json").get("truncation_side") != "left"
+        and Tokenizer.from_file(str(root / "tokenizer.json")).num_special_tokens_to_add(False) > 0
         and not any("{text}" in prompt for prompt in prompts.values())
         and all(read_json(config).get("include_prompt", True) for config in root.glob("[0-9]*_*/config.json"))
     )
-
-
-def _is_adapter(root: Path) -> bool:
-    return (root / "adapter_config.json").is_file()
 
 
 def _add_legacy_keys(file: Path) -> None:
@@ -117,12 +113,22 @@ def _ship_source(root: Path, reference: str) -> str:
     module, _, name = reference.rpartition(".")
     if (root / f"{module}.py").is_file():  # sealed already
         return reference
-    spec = importlib.util.find_spec(module) if module else None
-    if spec is None or spec.origin is None:
+    file = f"{module.rpartition('.')[2]}.py"
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is None:
+            raise ImportError(f"no module {module!r} is installed here")
+        if Path(spec.origin or "").name != file or file == "__main__.py":
+            raise ImportError("it is not in a file of its module's name")
+        for source in map(Path, (spec.origin, *get_relative_import_files(spec.origin))):
+            there = root / source.name
+            if there.is_file() and there.read_bytes() != source.read_bytes():
+                raise ImportError(f"the folder has another {source.name} already")
+            shutil.copy(source, there)
+    except (ImportError, ValueError, OSError) as error:  # of a script, a notebook, a function, a package's __init__
         raise ValueError(
-            f"The module class {reference!r} cannot be imported here, so its source cannot be shipped. Install the "
-            "package it comes from, then seal the folder again."
-        )
-    for source in (spec.origin, *get_relative_import_files(spec.origin)):
-        shutil.copy(source, root / Path(source).name)
-    return f"{module.rpartition('.')[2]}.{name}"
+            f"The source of the module class {reference!r} cannot be shipped ({error}), so nobody else could load the "
+            "model. Put the class into a file, outside of any function, that imports of its own package only files "
+            "beside it (from .other import name); import it from there, and save a model that is made of it."
+        ) from error
+    return f"{Path(file).stem}.{name}"

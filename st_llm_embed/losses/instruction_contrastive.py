@@ -41,6 +41,12 @@ class Rows:
         if labels is not None and labels.ndim == 2:
             # Contiguous: gathering columns of a matrix across processes would mix them up without a word.
             return cls(labels[:, 0], labels[:, 1], labels[:, 2:])
+        if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise ValueError(
+                f"The labels are {labels.dtype}, such as {labels[:3].tolist()}. The loss reads whole numbers, a row's "
+                "class, and spares the rows of a class each other's positives. Fix: remove the column from the data "
+                "set if it holds scores, or marks that the two texts match."
+            )
         none = torch.full((len(anchor),), NONE, device=anchor.device)
         group = torch.zeros_like(none) if in_batch_negatives else none
         return cls(group, none if labels is None else labels.to(torch.long), None)
@@ -74,8 +80,8 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         which texts equal to the row's anchor or positive are left out as well.
 
     Raises:
-        ValueError: for fewer than two columns, a scale or margin that is not positive, or when a row has no negatives:
-            in-batch negatives are off and there is no column of them.
+        ValueError: for fewer than two columns, labels that are no whole numbers, a scale or margin that is not
+            positive, or when a row has no negatives: in-batch negatives are off and there is no column of them.
     """
 
     def __init__(

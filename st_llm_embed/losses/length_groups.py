@@ -16,6 +16,8 @@ from sentence_transformers.base.losses.merged_forward import embed_columns, merg
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
+from st_llm_embed.modules import LLMBackbone
+
 
 def embed_by_length(model: nn.Module, columns: Iterable[dict[str, Any]]) -> list[Tensor]:
     """The embeddings of each column, ``(batch, dim)``.
@@ -33,8 +35,12 @@ def embed_by_length(model: nn.Module, columns: Iterable[dict[str, Any]]) -> list
 
 
 def leaves_out_one_prompt(model: nn.Module) -> bool:
-    """Does the host's pooling leave the prompt out? It knows of one, for all texts that it gets at a time."""
-    return any(isinstance(module, Pooling) and not module.include_prompt for module in model.modules())
+    """Does the host's pooling leave the prompt out? Where no LLMBackbone tells it each text's own, it knows of one,
+    for all texts that it gets at a time."""
+    modules = list(model.modules())
+    return not any(isinstance(module, LLMBackbone) for module in modules) and any(
+        isinstance(module, Pooling) and not module.include_prompt for module in modules
+    )
 
 
 def _with_instruction_masks(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:

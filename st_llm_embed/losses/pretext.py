@@ -23,6 +23,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from st_llm_embed.modules import LLMBackbone
+from st_llm_embed.modules.llm_backbone import special_ids
 from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT
 
 TEXT, SELF, NEXT, PAD = range(4)
@@ -123,10 +124,11 @@ class PretextLoss(nn.Module):
         self.tokenizer = backbone.tokenizer
         self.max_seq_length = backbone.max_seq_length
         self.causal = backbone.attention == "causal"
-        self.add_eos = backbone.add_eos
-        eos = [self.tokenizer.eos_token_id] if backbone.add_eos else []
-        self.self_ids = backbone.tokenize_part(self_suffix) + eos
-        self.next_ids = backbone.tokenize_part(next_suffix) + eos
+        before, after = special_ids(self.tokenizer)
+        self.text_start = len(before)
+        self.end_ids = after or ([self.tokenizer.eos_token_id] if backbone.add_eos else [])
+        self.self_ids = backbone.tokenize_part(self_suffix) + self.end_ids
+        self.next_ids = backbone.tokenize_part(next_suffix) + self.end_ids
         for prompt, ids in ((self_prompt, self.self_ids), (next_prompt, self.next_ids)):
             if not 1 <= num_tokens <= len(ids):
                 raise ValueError(f"num_tokens={num_tokens} is outside 1..{len(ids)}, the length of {prompt!r}.")
@@ -170,8 +172,7 @@ class PretextLoss(nn.Module):
                 f"The pretext prompts begin with {self.prefix!r}, and the column 'text' does not. Pass "
                 f"prompts={{'text': {self.prefix + '{text}'!r}}} in the training arguments, or use LLMEmbedTrainer."
             )
-        bos = self.tokenizer.bos_token_id
-        return [int(bos is not None and row[0] == bos) for row in text_ids]
+        return [self.text_start] * len(text_ids)
 
     def _autoregressive_loss(self, hidden: Tensor, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
         """Mean cross-entropy of each text's tokens given those before."""
@@ -223,8 +224,8 @@ class PretextLoss(nn.Module):
         """
         longest_suffix = max(len(self.self_ids), len(self.next_ids))
         room = None if self.max_seq_length is None else self.max_seq_length - longest_suffix
-        eos = self.tokenizer.eos_token_id
-        texts = [(row[:-1] if self.add_eos and row[-1] == eos else row)[:room] for row in text_ids]
+        end = len(self.end_ids)
+        texts = [(row[:-end] if end and row[-end:] == self.end_ids else row)[:room] for row in text_ids]
         tail = len(self.self_ids) + len(self.next_ids)
         seq = max(map(len, texts)) + tail
         pad = self.tokenizer.pad_token_id

@@ -278,11 +278,13 @@ def _thin_linear(weight: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _stacks(module: nn.Module) -> list[list[nn.Module]]:
-    """The outermost module lists, without members that have no parts: the longest is the LLM's layers."""
+    """The outermost module lists, without members that have no parts but an adapter's: the longest is the LLM's
+    layers."""
     stacks: list[list[nn.Module]] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            stacks.append([member for member in child if next(member.children(), None) is not None])
+            whole = [member for member in child if next(member.children(), None) is not None]
+            stacks.append([member for member in whole if not hasattr(member, "base_layer")])
         else:
             stacks += _stacks(child)
     return stacks

@@ -120,7 +120,7 @@ class LatentAttentionPooling(Module):
         self.gradient_checkpointing = False
         self._cache: tuple[tuple, Tensor, tuple[Tensor, Tensor]] | None = None
 
-    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         tokens = features["token_embeddings"]
         if tokens.shape[-1] != self.embedding_dimension:
             raise ValueError(
@@ -246,15 +246,17 @@ class LatentAttentionPooling(Module):
             return compute()
         parts = (self.latent_norm, self.to_q, self.to_kv, self.to_out)
         weights = [self.latents, *(weight for part in parts for weight in part.parameters())]
-        key = (form, torch.is_autocast_enabled(), *((w.data_ptr(), w._version, w.dtype, w.device) for w in weights))
+        # NOTE: weights that were made under torch.inference_mode() count no versions.
+        versions = [None if weight.is_inference() else weight._version for weight in weights]
+        key = (form, torch.is_autocast_enabled(), *versions, *((w.data_ptr(), w.dtype, w.device) for w in weights))
         sample = torch.stack([w.flatten()[:: max(1, w.numel() // 997)].float().sum() for w in weights])
         if self._cache is None or self._cache[0] != key or not torch.equal(self._cache[1], sample):
             self._cache = (key, sample, compute())
         return self._cache[2]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """What sentence-transformers calls on every module that has it: compute chunks of tokens again for their
-        gradients, instead of keeping what they need."""
+        gradients, instead of keeping what they need. The arguments are for the LLM's layers (``every_n_layers``)."""
         self.gradient_checkpointing = True
 
     def train(self, mode: bool = True) -> LatentAttentionPooling:

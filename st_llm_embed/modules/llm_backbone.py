@@ -3,8 +3,9 @@
 Four things on top of sentence-transformers' ``Transformer``, whose loading, saving, prompts and truncation it keeps:
 
 - ``attention``: causal, or bidirectional as in NV-Embed (arXiv 2405.17428), windows open or kept, proven by a probe;
-- an EOS token after every text, kept by truncation;
-- the exact instruction mask: which tokens belong to the prompt, decided by character offsets, row by row;
+- an EOS token after every text, kept by truncation, or the one that the tokenizer ends its texts with itself;
+- the exact instruction mask: which tokens belong to the prompt, decided by character offsets, row by row; the host's
+  ``Pooling(include_prompt=False)`` goes by it too;
 - prompts with a part after the text, such as LLaRA's ``"{text} The next sentence:"`` (arXiv 2312.15503).
 
 ``preprocess`` gives ``input_ids`` and ``attention_mask`` ``(batch, seq)`` and, where there is a prompt,
@@ -19,34 +20,38 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from .adapters import (
+    demand_peft,
+    find_base,
+    load_adapter,
+    save_lost_base,
+    split_hub_arguments,
+)
 from .attention_mode import attending, set_attention_mode
 from .first_layers import keep_first_layers
 from .reference import warn_if_changed
+from .text_pooling import pool_text
 
 logger = logging.getLogger(__name__)
 REQUIREMENTS = {
     "sentence-transformers": {"specifier": ">=6.0", "reason": "the module interface that the saved files use"},
     "transformers": {"specifier": ">=5.2", "reason": "older versions ignore is_causal=false and attend causally"},
 }
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-TRAINED_TOKENS = "trainable_tokens_delta"
-HUB_ARGUMENTS = {"cache_dir", "token", "revision", "subfolder", "local_files_only"}
 TEXT = "{text}"
 INSTRUCTION_MASKS = ("exact", "nv-embed")
 TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -62,7 +67,9 @@ class LLMBackbone(Transformer):
             them, symmetric where the attention is bidirectional. By default open where it is bidirectional, kept where
             it is causal.
         add_eos: end every text with the tokenizer's EOS token, also when it is truncated. ``"nv-embed"``: as the
-            released NV-Embed models do, in the text before it is truncated, so that long texts lose it.
+            released NV-Embed models do, in the text before it is truncated, so that long texts lose it. A tokenizer
+            that ends its texts itself, as Qwen3-Embedding's does, keeps the token that it ends them with, and gets no
+            second one.
         instruction_mask: which tokens count as the prompt's. ``"exact"``: those wholly inside it, by character
             offsets, and BOS before them. ``"nv-embed"``: as many columns as the prompt alone has tokens, from the
             first on, as the released NV-Embed models count (one token of the prompt may stay in the pool; none is
@@ -120,6 +127,19 @@ class LLMBackbone(Transformer):
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         set_attention_mode(self.model, attention, self.window, probe)
         self._set_special_tokens()
+        if (base := self.model.name_or_path) and Path(base).is_dir():
+            self.model.name_or_path = str(Path(base).resolve())  # an adapter shall find it from anywhere
+
+    def _load_config(
+        self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]
+    ) -> tuple[PretrainedConfig, bool]:
+        """The LLM's configuration; an adapter's is that of its base."""
+        where, others = split_hub_arguments(config_kwargs)
+        if backend != "torch" or find_adapter_config_file(model_name_or_path, **where) is None:
+            return super()._load_config(model_name_or_path, backend, config_kwargs)
+        demand_peft()
+        base, base_where = find_base(model_name_or_path, where)
+        return AutoConfig.from_pretrained(base, **others, **base_where), True
 
     def _load_model(
         self,
@@ -130,7 +150,7 @@ class LLMBackbone(Transformer):
         is_peft_model: bool,
         **model_kwargs: Any,
     ) -> PreTrainedModel:
-        """Load the LLM. Where an adapter came with more embeddings than its base has, the base gets room first."""
+        """Load the LLM; an adapter after its base, which gets room first where the adapter brings more embeddings."""
 
         def load(*arguments: Any, **named: Any) -> PreTrainedModel:
             llm = super(LLMBackbone, self)._load_model(*arguments, **named)
@@ -140,22 +160,15 @@ class LLMBackbone(Transformer):
 
         if not is_peft_model:
             return load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
-        where = {key: model_kwargs[key] for key in HUB_ARGUMENTS & set(model_kwargs)}
-        # Not peft's own reader: a model without an adapter shall not need peft.
-        adapter = json.loads(Path(find_adapter_config_file(model_name_or_path, **where)).read_text(encoding="utf-8"))
-        base = adapter["base_model_name_or_path"]
-        if not isinstance(config, PretrainedConfig):  # sentence-transformers 6.0 gives the adapter's
-            config = AutoConfig.from_pretrained(base, token=where.get("token"))
-        known = config.get_text_config().vocab_size
-        weights = cached_file(model_name_or_path, ADAPTER_WEIGHTS, **where)
-        rows = _saved_embeddings(weights, known)
-        if rows == known:
-            model = load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
-        else:
-            model = load(base, transformer_task, config, backend, is_peft_model, **model_kwargs)
-            model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter brings their values
-            model.load_adapter(model_name_or_path, adapter_kwargs=where)
-        _load_trained_tokens(model, weights)
+        where, others = split_hub_arguments(model_kwargs)
+        base, base_where = find_base(model_name_or_path, where)
+        # NOTE: of an adapter, sentence-transformers 6.2 drops the revision, and transformers then takes main's.
+        # Told where to look for an adapter of the base's own, lest it finds this one above a base in a subfolder.
+        others["adapter_kwargs"] = base_where
+        model = load(base, transformer_task, config, backend, False, **others, **base_where)
+        if base == model_name_or_path:
+            model.name_or_path = ""  # the next adapter cannot find it there
+        load_adapter(model, model_name_or_path, where, self.num_layers)
         return model
 
     def _set_special_tokens(self) -> None:
@@ -173,7 +186,7 @@ class LLMBackbone(Transformer):
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if self.add_eos is True and tokenizer("a")["input_ids"][-1] != tokenizer.eos_token_id:
+        if self.add_eos is True and not special_ids(tokenizer)[1]:
             _append_eos(tokenizer)
 
     def preprocess(
@@ -193,50 +206,88 @@ class LLMBackbone(Transformer):
             processing_kwargs: as in ``Transformer.preprocess``.
 
         Raises:
-            ValueError: if the prompt leaves no room for text within ``max_seq_length``.
+            ValueError: if the prompt leaves no room for text within ``max_seq_length`` or has more than one
+                ``{text}``, or if ``inputs`` are not texts.
         """
+        try:
+            return self._preprocess(inputs, prompt, processing_kwargs, **kwargs)
+        except (TypeError, AttributeError) as error:
+            # NOTE: SentenceTransformer takes these two for a module without prompts, and embeds another text.
+            raise ValueError(f"Texts under the prompt {prompt!r} cannot be tokenized: {error}") from error
+
+    def _preprocess(
+        self, inputs: Sequence[str], prompt: str | None, processing_kwargs: dict[str, Any] | None, **kwargs: Any
+    ) -> dict[str, Any]:
         prefix, template, suffix = (prompt or "").partition(TEXT)
-        if not (prefix or suffix or self.add_eos):
+        if TEXT in suffix:
+            raise ValueError(f"The prompt {prompt!r} has {TEXT!r} more than once. Say once where the text goes.")
+        before, after = special_ids(self.tokenizer)
+        if self.add_eos == "nv-embed" and not after:
+            inputs = [text + self.tokenizer.eos_token for text in inputs]
+        elif not (prefix or suffix or before or after):
             # A text without a single token would have no embedding: it becomes EOS alone.
             inputs = [text if text.strip() else self.tokenizer.eos_token for text in inputs]
-        elif self.add_eos == "nv-embed":
-            inputs = [text + self.tokenizer.eos_token for text in inputs]
+        if not (prefix or suffix):
+            return super().preprocess(inputs, processing_kwargs=processing_kwargs, **kwargs)
         # A template's parts are tokens of their own, as in LLaRA, but for a space that the first word takes along.
         prefix_ids = self.tokenize_part(prefix) if template and prefix and not prefix[-1].isspace() else []
         suffix_ids = self.tokenize_part(suffix) if suffix else []
         joined = "" if prefix_ids else prefix
-        text_kwargs = dict((processing_kwargs or {}).get("text", {}))
-        if prefix or suffix:
-            by_task = {"query": self.query_length, "document": self.document_length}.get(kwargs.get("task"))
-            max_length = text_kwargs.get("max_length") or kwargs.get("max_length") or by_task or self.max_seq_length
-            instruction_length = len(self._tokenize_once(prefix)) if prefix else 0
-            around = self.tokenizer.num_special_tokens_to_add() + instruction_length + len(suffix_ids)
-            if max_length is not None and around >= max_length:
-                raise ValueError(
-                    f"The prompt {prompt!r} takes {around} tokens with BOS and EOS, which leaves no room for text "
-                    f"within max_seq_length={max_length}. Raise max_seq_length or shorten the prompt."
-                )
-            if joined:
-                text_kwargs["return_offsets_mapping"] = True
-            if (inserted := len(prefix_ids) + len(suffix_ids)) and max_length is not None:
-                kwargs.pop("max_length", None)
-                text_kwargs["max_length"] = max_length - inserted
-        processing_kwargs = {**(processing_kwargs or {}), "text": text_kwargs}
-        features = super().preprocess(inputs, prompt=joined or None, processing_kwargs=processing_kwargs, **kwargs)
+        settings = self._merge_processing_kwargs(processing_kwargs)
+        text_settings, common = settings.get("text", {}), settings.get("common", {})
+        merged = {**text_settings, **common}
+        by_task = {"query": self.query_length, "document": self.document_length}.get(kwargs.get("task"))
+        max_length = merged.get("max_length") or kwargs.get("max_length") or by_task or self.max_seq_length
+        if max_length is not None and max_length > LARGE_INTEGER:  # what tokenizers without a maximum have
+            max_length = None
+        instruction_length = len(self._tokenize_once(prefix)) if prefix else 0
+        around = len(before) + instruction_length + len(suffix_ids) + len(after)
+        if max_length is not None and around >= max_length:
+            raise ValueError(
+                f"The prompt {prompt!r} takes {around} tokens with BOS and EOS, which leaves no room for text "
+                f"within max_seq_length={max_length}. Raise max_seq_length or shorten the prompt."
+            )
+        inserted = len(prefix_ids) + len(suffix_ids)
+        truncated = max_length is not None and merged.get("truncation") is not False
+        cut_left = bool(joined) and truncated and self.tokenizer.truncation_side == "left"
+        changed: dict[str, Any] = {"return_offsets_mapping": True} if joined else {}
+        if cut_left:
+            changed |= {"truncation": False, "max_length": None, "verbose": False}  # it would cut the prompt
+        elif inserted and truncated:
+            changed["max_length"] = max_length - inserted
+        if inserted or cut_left:  # the batch is as wide as it shall be only after that
+            changed |= {"padding": bool(merged.get("padding", True)), "pad_to_multiple_of": None}
+        settings = {
+            **settings,
+            "text": {**text_settings, **changed},
+            "common": {key: changed.get(key, value) for key, value in common.items()},
+        }
+        features = super().preprocess(inputs, prompt=joined or None, processing_kwargs=settings, **kwargs)
         if joined:
             offsets = features.pop("offset_mapping")
-            if self.instruction_mask == "exact":
-                features["instruction_mask"] = _exact_instruction_mask(offsets, features, len(prefix))
-            else:
+            features["instruction_mask"] = _exact_instruction_mask(offsets, features, len(prefix))
+            if cut_left:
+                _cut_texts(features, max_length - inserted, self.tokenizer)
+            if self.instruction_mask == "nv-embed":
                 # The released code keeps nothing out of the pool where it pads on the left.
                 columns = instruction_length if self.tokenizer.padding_side == "right" else 0
                 features["instruction_mask"] = features["attention_mask"].clone()
                 features["instruction_mask"][:, columns:] = 0
         if prefix_ids:
-            self._insert_prefix(features, prefix_ids)
+            self._insert_prefix(features, prefix_ids, len(before))
         if suffix_ids:
-            self._insert_suffix(features, suffix_ids)
+            self._insert_suffix(features, suffix_ids, len(after))
+        if inserted or cut_left:
+            width = features["input_ids"].shape[1]
+            if max_length is not None and merged.get("padding") == "max_length":
+                width = max(width, max_length)
+            multiple = merged.get("pad_to_multiple_of") or 1
+            _pad(features, -(-width // multiple) * multiple, self.tokenizer)
         return features
+
+    def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int:
+        """The host's count: as many tokens as the prompt alone has."""
+        return len(special_ids(self.tokenizer)[0]) + len(self._tokenize_once(prompt))
 
     def _should_flatten_inputs(self, *args: Any, **kwargs: Any) -> bool:
         """No: ``forward`` drops the padding itself, so that masks and pooling see one form of batch."""
@@ -258,19 +309,19 @@ class LLMBackbone(Transformer):
             self._part_ids[part] = self.tokenizer(part, add_special_tokens=False)["input_ids"]
         return self._part_ids[part]
 
-    def _insert_prefix(self, features: dict[str, Any], prefix_ids: list[int]) -> None:
+    def _insert_prefix(self, features: dict[str, Any], prefix_ids: list[int], before: int) -> None:
         """Put the prefix after each row's BOS; both stay out of the pool."""
         first = features["attention_mask"].argmax(dim=1, keepdim=True)  # (batch, 1): each row's first real token
-        is_bos = (features["input_ids"].gather(1, first) == self.tokenizer.bos_token_id).long()
-        features["instruction_mask"] = torch.zeros_like(features["attention_mask"]).scatter(1, first, is_bos)
-        _insert(features, prefix_ids, first + is_bos, instruction=1)
+        columns = torch.arange(features["input_ids"].shape[1], device=first.device)
+        features["instruction_mask"] = ((columns >= first) & (columns < first + before)).long()
+        _insert(features, prefix_ids, first + before, instruction=1)
 
-    def _insert_suffix(self, features: dict[str, Any], suffix_ids: list[int]) -> None:
+    def _insert_suffix(self, features: dict[str, Any], suffix_ids: list[int], after: int) -> None:
         """Put the suffix after each row's text and before its EOS."""
         columns = torch.arange(features["input_ids"].shape[1], device=features["input_ids"].device)
         last = (columns * features["attention_mask"]).argmax(dim=1, keepdim=True)  # (batch, 1): the last real token
-        insert_at = last + 1
-        if self.add_eos:
+        insert_at = last + features["attention_mask"].amax(dim=1, keepdim=True) - after  # a row may have no token
+        if self.add_eos == "nv-embed" and not after:
             insert_at -= (features["input_ids"].gather(1, last) == self.tokenizer.eos_token_id).long()
         _insert(features, suffix_ids, insert_at, instruction=0)
 
@@ -327,8 +378,43 @@ class LLMBackbone(Transformer):
                 f"{tuple(attention_mask.shape)}."
             )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> LLMBackbone:
+        # NOTE: .half() would round what the LLM computes from its config (rotary frequencies), which is not saved,
+        # and which loading in half precision leaves exact.
+        computed = [
+            (part, name, getattr(part, name))
+            for part in self.model.modules()
+            for name in part._non_persistent_buffers_set
+        ]
+        super()._apply(fn, *args, **kwargs)
+        for part, name, exact in computed:
+            if exact is not None and exact.dtype != getattr(part, name).dtype:
+                setattr(part, name, exact.to(getattr(part, name).device))
+        return self
+
+    def get_config_dict(self) -> dict[str, Any]:
+        config = super().get_config_dict()
+        if self._has_adapter() and not getattr(self.model, "is_quantized", False):
+            # An adapter's base would come back in the precision of its own files.
+            dtype = str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+            config["model_kwargs"] = {"dtype": dtype}
+        return config
+
+    def _has_adapter(self) -> bool:
+        return getattr(self.model, "_hf_peft_config_loaded", False)
+
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write it; of an LLM with an adapter only that, and the LLM besides where the adapter could not name it."""
         super().save(output_path, *args, **kwargs)
+        # NOTE: some tokenizer classes (GPTNeoXTokenizer, CodeLlamaTokenizer) build themselves anew where they are
+        # loaded, and lose the EOS that is in tokenizer.json. The plain class reads all of it from there.
+        file = Path(output_path) / "tokenizer_config.json"
+        tokenizer = {key: getattr(self.tokenizer, key) for key in ("padding_side", "truncation_side")}
+        tokenizer["tokenizer_class"] = "TokenizersBackend"
+        config = json.loads(file.read_text(encoding="utf-8")) | tokenizer
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self._has_adapter():
+            save_lost_base(self.model, Path(output_path))
         # NOTE: sentence-transformers checks the requirements of what it loads, and drops them from what it saves. It
         # writes this file before its first module.
         file = Path(output_path) / "config_sentence_transformers.json"
@@ -342,12 +428,17 @@ class LLMBackbone(Transformer):
         where = {k: kwargs.get(k) for k in ("token", "cache_folder", "revision")}
         where["local_files_only"] = kwargs.get("local_files_only", False)
         if file := cls.load_file_path(model_name_or_path, "reference.json", **where):
-            dtype = (kwargs.get("model_kwargs") or {}).get("dtype", "auto")
-            backbone._reference = file, dtype != "auto"
+            chosen = kwargs.get("model_kwargs") or {}
+            dtype = chosen.get("dtype", chosen.get("torch_dtype"))
+            backbone._reference = file, dtype not in (None, "auto")
         return backbone
 
-    def on_model_ready(self, model: SentenceTransformer) -> None:
-        """Warn if the model, now that it is whole, does not give what it gave when it was published."""
+    def on_model_ready(self, model: SentenceTransformer, **kwargs: Any) -> None:
+        """Let the host's pooling see each row's own prompt, and warn if the model, now that it is whole, does not give
+        what it gave when it was published."""
+        for module in model.modules():
+            if isinstance(module, Pooling) and pool_text not in module._forward_hooks.values():
+                module.register_forward_hook(pool_text)
         reference, self._reference = self._reference, None
         if reference is None:
             return
@@ -361,42 +452,45 @@ class LLMBackbone(Transformer):
         return super().__repr__().replace("Transformer", type(self).__name__, 1)
 
 
-def _saved_embeddings(adapter_weights: str, known: int) -> int:
-    """How many rows the input embeddings have that peft saved beside an adapter: ``known`` where it saved none."""
-    with safe_open(adapter_weights, framework="pt") as tensors:
-        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-    return max(
-        (shape[0] for name, shape in shapes.items() if re.search(r"(embed|wte).*\.weight$", name)), default=known
-    )
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids that the tokenizer itself puts before every text (BOS), and after it (EOS)."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    return ids[: special.index(0)], ids[len(ids) - special[::-1].index(0) :]
 
 
-def _load_trained_tokens(model: PreTrainedModel, adapter_weights: str) -> None:
-    """The embeddings of the tokens that an adapter trains: transformers 5.17 leaves them out without a word."""
-    with safe_open(adapter_weights, framework="pt") as tensors:
-        saved = [tensors.get_tensor(name) for name in tensors.keys() if name.endswith(TRAINED_TOKENS)]
-    loaded = [parameter for name, parameter in model.named_parameters() if TRAINED_TOKENS in name]
-    for parameter, tensor in zip(loaded, saved, strict=True):
-        parameter.data.copy_(tensor)
+def drop_text_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the tokenizer put no special token after a text."""
+    processor = tokenizer.backend_tokenizer.post_processor
+    if processor is None:
+        return
+    state = json.loads(processor.__getstate__())
+    for template in _templates(state):
+        while "SpecialToken" in template["single"][-1]:
+            template["single"].pop()
+    processor.__setstate__(json.dumps(state).encode())
+    tokenizer.backend_tokenizer.post_processor = processor
 
 
 def _append_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     """Make the tokenizer itself end every text with EOS, within its maximum length."""
-    backend = tokenizer.backend_tokenizer
     eos = tokenizer.eos_token
+    processor = tokenizer.backend_tokenizer.post_processor
+    state = {} if processor is None else json.loads(processor.__getstate__())
     # NOTE: two templates in a row lose the second one's token, so an existing template (BOS) is extended.
-    state = json.loads(backend.to_str())["post_processor"]
-    processors = state["processors"] if state and state["type"] == "Sequence" else [state]
-    for template in processors:
-        if template and template["type"] == "TemplateProcessing":
-            template["single"].append({"SpecialToken": {"id": eos, "type_id": 0}})
-            template["special_tokens"][eos] = {"id": eos, "ids": [tokenizer.eos_token_id], "tokens": [eos]}
-            processor = backend.post_processor
-            processor.__setstate__(json.dumps(state).encode())
-            backend.post_processor = processor
-            return
-    template = TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)])
-    others = [] if state is None else [backend.post_processor]
-    backend.post_processor = ProcessorSequence([*others, template])
+    if templates := _templates(state):
+        templates[0]["single"].append({"SpecialToken": {"id": eos, "type_id": 0}})
+        templates[0]["special_tokens"][eos] = {"id": eos, "ids": [tokenizer.eos_token_id], "tokens": [eos]}
+        processor.__setstate__(json.dumps(state).encode())
+    else:
+        template = TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)])
+        processor = ProcessorSequence([template] if processor is None else [processor, template])
+    tokenizer.backend_tokenizer.post_processor = processor
+
+
+def _templates(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a post-processor's state that put special tokens around texts."""
+    return [part for part in state.get("processors", [state]) if part.get("type") == "TemplateProcessing"]
 
 
 def _without_padding(features: dict[str, Any]) -> dict[str, Any]:
@@ -431,6 +525,33 @@ def _insert(features: dict[str, Any], ids: list[int], insert_at: Tensor, instruc
         old = features[key]
         grown = old.new_zeros(batch, seq + len(ids)).scatter(1, moved_to, old)
         features[key] = grown.scatter(1, new_columns, fills[key])
+
+
+def _cut_texts(features: dict[str, Any], max_length: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Truncate each row to ``max_length`` tokens by those that follow its prompt: the text loses its beginning."""
+    mask, instruction = features["attention_mask"], features["instruction_mask"]
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    start = mask.argmax(dim=1, keepdim=True) + instruction.sum(dim=1, keepdim=True)  # (batch, 1): of the text
+    excess = (mask.sum(dim=1, keepdim=True) - max_length).clamp(min=0)
+    kept = mask.bool() & ~((columns >= start) & (columns < start + excess))  # (batch, seq)
+    width = int(kept.sum(dim=1).max())
+    if tokenizer.padding_side == "left":
+        order = kept.long().argsort(dim=1, stable=True)[:, -width:]
+    else:
+        order = (~kept).long().argsort(dim=1, stable=True)[:, :width]
+    real = kept.gather(1, order)
+    features["attention_mask"] = real.long()
+    features["instruction_mask"] = instruction.gather(1, order) * real
+    features["input_ids"] = features["input_ids"].gather(1, order).masked_fill(~real, tokenizer.pad_token_id)
+
+
+def _pad(features: dict[str, Any], width: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad a batch to ``width`` columns."""
+    missing = width - features["input_ids"].shape[1]
+    sides = (missing, 0) if tokenizer.padding_side == "left" else (0, missing)
+    for key, fill in {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "instruction_mask": 0}.items():
+        if key in features:
+            features[key] = nn.functional.pad(features[key], sides, value=fill)
 
 
 def _exact_instruction_mask(offsets: Tensor, features: dict[str, Any], prefix_length: int) -> Tensor:

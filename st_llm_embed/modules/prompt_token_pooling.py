@@ -37,7 +37,7 @@ class PromptTokenPooling(Module):
         self.embedding_dimension = embedding_dimension
         self.num_tokens = num_tokens
 
-    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         tokens = features["token_embeddings"]
         mask = features["attention_mask"]  # (batch, seq)
         from_the_end = mask.flip(1).cumsum(dim=1).flip(1)  # 1 at each row's last token, 2 at the one before, ...

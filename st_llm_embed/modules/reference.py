@@ -27,8 +27,9 @@ ROUNDING, HALF_ROUNDING = 1e-3, 5e-2  # of the largest component, over devices a
 
 
 def take_reference(model: SentenceTransformer, texts: Sequence[str] = TEXTS) -> dict[str, Any]:
-    """Embeddings of ``texts`` under each of the model's prompts, and what they depend on."""
-    texts, prompts = list(texts), dict(model.prompts)
+    """Embeddings of ``texts`` under each of the model's prompts (without one, if it has none), and what they depend
+    on."""
+    texts, prompts = list(texts), {name: prompt or "" for name, prompt in model.prompts.items()} or {"document": ""}
     with model.truncate_embeddings(None):
         embeddings = {
             name: model.encode(texts, prompt=prompt, show_progress_bar=False, convert_to_tensor=True).tolist()

@@ -1,0 +1,59 @@
+"""A corpus to search: documents of ``text``, or of ``title`` and ``text``, which are read as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset, Features, Value
+
+from .columns import check_text
+from .sources import joined, load_rows, plain_or_gz, text_or_empty
+
+
+def load_corpus(source: str) -> Dataset:
+    """What ``load_rows`` reads; of a folder in BEIR's layout, the corpus alone.
+
+    Raises:
+        ValueError: naming what could not be read as a data set.
+    """
+    if any(Path(source).glob("corpus.jsonl*")):
+        source = str(plain_or_gz(Path(source, "corpus.jsonl")))
+    return load_rows(source)
+
+
+def read_corpus(corpus: Dataset | Sequence[str]) -> Dataset:
+    """One column ``text``, each document as the benchmarks embed it: its title, if it has one, a space, its text.
+
+    What was not in memory is not brought there: the result is a file in the cache of the ``datasets`` library.
+
+    Raises:
+        ValueError: for a corpus without ``text``, naming its columns, or with an empty document, naming its row.
+    """
+    if not isinstance(corpus, Dataset):
+        corpus = Dataset.from_dict({"text": list(corpus)})
+    if "text" not in corpus.column_names:
+        raise ValueError(
+            f"The corpus has the columns {corpus.column_names}, not 'text'. Fix: corpus.rename_column(..., 'text')."
+        )
+    columns = [name for name in ("title", "text") if name in corpus.column_names]
+    documents = corpus.with_format(None).select_columns(columns)
+    documents = documents.map(
+        _documents,
+        batched=True,
+        with_indices=True,
+        remove_columns=columns,
+        features=Features({"text": Value("string")}),
+    )
+    check_text(documents, "corpus", ["text"])
+    return documents
+
+
+def _documents(batch: dict[str, list[str | None]], rows: list[int]) -> dict[str, list[str]]:
+    titles = batch.get("title", [None] * len(rows))
+    return {
+        "text": [
+            joined(*(text_or_empty(part, f"Row {row} of the corpus") for part in parts))
+            for row, *parts in zip(rows, titles, batch["text"], strict=True)
+        ]
+    }
