@@ -63,6 +63,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "dory": {"n_input_layers": 1, "n_output_layers": 0},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_d_head": 8},
     "gemma3n_text": {"activation_sparsity_pattern": None},
@@ -126,7 +127,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     if "kv_lora_rank" in sizes:  # latent attention: as many keys as queries, and their size is a sum
         sizes["num_key_value_heads"] = 4
         sizes.pop("head_dim", None)
-    kinds = list(dict.fromkeys(known.get("layer_types") or []))
+    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or []))  # dory saves twice as many
     if len(kinds) > 1:
         sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     return type(default)(**{**sizes, **SPECIAL.get(model_type, {})})

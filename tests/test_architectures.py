@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers import MODEL_MAPPING
 
-from st_llm_embed.architectures import IMPLEMENTATIONS, as_markdown, decoder_types, examine, survey
+from st_llm_embed.architectures import IMPLEMENTATIONS, as_markdown, decoder_types, examine, survey, tiny_config
 from st_llm_embed.cli import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -45,5 +46,8 @@ def test_the_command_measures_what_it_is_asked(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_an_implementation_that_does_not_exist_is_absent(implementation):
-    assert (examine("gptj", implementation).mode == "absent") == (implementation == "sdpa")
+@pytest.mark.parametrize("name", ["llama", "bloom", "gptj"])  # gptj has sdpa from transformers 5.24 on
+def test_an_implementation_that_does_not_exist_is_absent(name, implementation):
+    exists = implementation == "eager" or MODEL_MAPPING[type(tiny_config(name))]._supports_sdpa
+    assert (examine(name, implementation).mode != "absent") == exists
+    assert exists or name != "llama"

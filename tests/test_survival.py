@@ -134,6 +134,7 @@ def test_training_with_gradient_checkpointing_takes_the_same_steps(llm, tmp_path
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_with_structured_masks_in_between(model, whole):
     """A compiled graph must not keep the mask of its first call."""
+    torch._dynamo.reset()  # its limit of compilations is the whole process's
     features = model.preprocess(["the cat sat on the mat"])
     seq = features["input_ids"].shape[1]
     causal = torch.ones(1, seq, seq, dtype=torch.bool).tril()
