@@ -688,7 +688,7 @@ def test_arguments_of_tasks_have_no_effect_without(llm, tmp_path):
 
 
 def test_losses_that_do_not_keep_to_the_tasks_are_refused(llm, tmp_path):
-    """MultipleNegativesRankingLoss would take "" for a negative in blended batches, and other rows' texts in stage 2."""
+    """MultipleNegativesRankingLoss would take "" for a negative in blended batches, and others' texts in stage 2."""
     model = build_model(llm, "mean")
     data, tasks = {"docs": rows(3), "topics": rows(1)}, [DOCS, TOPICS]
     for loss in (MultipleNegativesRankingLoss(model), MarginMSELoss, CoSENTLoss(model), lambda m: TripletLoss(m)):
