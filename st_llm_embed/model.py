@@ -199,9 +199,9 @@ def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:
         if LLMBackbone.load_file_path(str(base), "modules.json"):
             raise ValueError(
                 f"base={str(base)!r} is an embedding model already, whose pooling and prompts would be lost to new "
-                f"ones. To go on with it, load it: SentenceTransformer({str(base)!r}) (in a configuration of stages, "
-                "start: FOLDER beside the LLM that it was built from). To begin anew from its LLM, save that by itself, "
-                "with model.transformers_model.save_pretrained(folder) and model.tokenizer.save_pretrained(folder)."
+                f"ones. To go on with it, load it: SentenceTransformer({str(base)!r}) (in a configuration of stages: "
+                "start, beside the LLM that it was built from). To begin anew from its LLM, save that by itself: "
+                "model.transformers_model.save_pretrained(folder) and model.tokenizer.save_pretrained(folder)."
             )
         return LLMBackbone(str(base), **arguments)
     except OSError as error:
