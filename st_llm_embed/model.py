@@ -100,8 +100,8 @@ def build_model(
         A SentenceTransformer of backbone, pooling and ``Normalize``, untrained where the recipe adds weights.
 
     Raises:
-        ValueError: for an unknown recipe or override, a base that cannot be found, is not a decoder-only LLM, or is an
-            embedding model already, or ``lora`` where the recipe has none.
+        ValueError: for an unknown recipe or override, a base that cannot be found, one that is not a decoder-only LLM,
+            or ``lora`` where the recipe has none.
         ImportError: for ``lora`` where peft is older than the installed transformers takes.
     """
     if recipe not in RECIPES:
@@ -196,13 +196,6 @@ def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:
     try:
         if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{path} has no config.json")
-        if LLMBackbone.load_file_path(str(base), "modules.json"):
-            raise ValueError(
-                f"base={str(base)!r} is an embedding model already, whose pooling and prompts would be lost to new "
-                f"ones. To go on with it, load it: SentenceTransformer({str(base)!r}) (in a configuration of stages: "
-                "start, beside the LLM that it was built from). To begin anew from its LLM, save that by itself: "
-                "model.transformers_model.save_pretrained(folder) and model.tokenizer.save_pretrained(folder)."
-            )
         return LLMBackbone(str(base), **arguments)
     except OSError as error:
         raise ValueError(

@@ -75,22 +75,6 @@ def test_bad_arguments_are_named_with_the_valid_ones(llm, tmp_path):
         build_model(tmp_path / "missing.gguf")
 
 
-@pytest.mark.parametrize("recipe", ["nv-embed", "mean"])
-def test_an_embedding_model_is_no_base_but_its_llm_is(llm, tmp_path, recipe):
-    """Its pooling and prompts would be random or lost, and nothing would say so."""
-    model = build_model(llm, recipe)
-    model.prompts["query"] = "find: "
-    model.save_pretrained(str(tmp_path / "trained"))
-    with pytest.raises(ValueError, match=r"is an embedding model already.*SentenceTransformer\('.*trained'\)"):
-        build_model(tmp_path / "trained", recipe)
-    model.transformers_model.save_pretrained(tmp_path / "alone")
-    model.tokenizer.save_pretrained(tmp_path / "alone")
-    torch.manual_seed(1)
-    again = build_model(tmp_path / "alone", "mean")
-    torch.manual_seed(1)
-    np.testing.assert_allclose(again.encode(TEXTS), build_model(llm, "mean").encode(TEXTS), atol=1e-6)
-
-
 @pytest.mark.parametrize(("recipe", "rank", "scale"), [("nv-embed", 16, 32), ("llara", 64, 16)])
 def test_a_recipes_lora_trains_seven_linears_and_what_the_recipe_adds(llm, recipe, rank, scale):
     model = build_model(llm, recipe, lora=True)
