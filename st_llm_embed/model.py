@@ -16,6 +16,7 @@ from peft import LoraConfig, TaskType
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.util import is_sentence_transformer_model
 from tokenizers import AddedToken
 from torch import nn
 from transformers import PreTrainedModel
@@ -100,8 +101,8 @@ def build_model(
         A SentenceTransformer of backbone, pooling and ``Normalize``, untrained where the recipe adds weights.
 
     Raises:
-        ValueError: for an unknown recipe or override, a base that cannot be found, one that is not a decoder-only LLM,
-            or ``lora`` where the recipe has none.
+        ValueError: for an unknown recipe or override, a base that cannot be found, one that is not a decoder-only LLM
+            or is an embedding model already, or ``lora`` where the recipe has none.
         ImportError: for ``lora`` where peft is older than the installed transformers takes.
     """
     if recipe not in RECIPES:
@@ -196,9 +197,24 @@ def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:
     try:
         if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{path} has no config.json")
+        _demand_llm(str(base), arguments.get("model_kwargs") or {})
         return LLMBackbone(str(base), **arguments)
     except OSError as error:
         raise ValueError(
             f"base={str(base)!r} could not be loaded. Give the Hub id of a decoder-only LLM (such as "
             f"'HuggingFaceTB/SmolLM2-135M'), a folder with its config.json and weights, or a .gguf file. ({error})"
         ) from error
+
+
+def _demand_llm(base: str, model_kwargs: dict[str, Any]) -> None:
+    """Check that it is an LLM by itself: of a model of sentence-transformers, only the LLM would be taken."""
+    where = {key: model_kwargs[key] for key in ("token", "revision", "local_files_only") if key in model_kwargs}
+    where["cache_folder"] = model_kwargs.get("cache_dir")
+    if "subfolder" in model_kwargs or not is_sentence_transformer_model(base, **where):
+        return
+    raise ValueError(
+        f"base={base!r} is a model of sentence-transformers: it has a modules.json. Its pooling and its prompts would "
+        f"be lost, and untrained ones take their place. To train it further, load it: model = SentenceTransformer("
+        f"{base!r}, trust_remote_code=True); or name it as 'start' in a configuration. To build another model of its "
+        "LLM, save that by itself: model[0].model.save_pretrained(folder); model.tokenizer.save_pretrained(folder)."
+    )

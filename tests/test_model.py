@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from st_llm_embed import LatentAttentionPooling, LLMBackbone, build_model
 from st_llm_embed.model import RECIPES
+from st_llm_embed.stages import train_stages
 
 TEXTS = ["", "a cat", "日本語 🐈 ñandú", "word " * 2000, "a cat"]
 
@@ -73,6 +76,44 @@ def test_bad_arguments_are_named_with_the_valid_ones(llm, tmp_path):
         build_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="no GGUF file"):
         build_model(tmp_path / "missing.gguf")
+
+
+def test_a_trained_model_is_no_base_but_its_llm_is(llm, tmp_path):
+    """Only its LLM would be taken, and the pooling and prompts that were trained with it replaced without a word."""
+    trained = build_model(llm, "nv-embed", num_latents=4)
+    trained.save_pretrained(str(tmp_path / "trained"))
+    stock = SentenceTransformer(modules=[Transformer(llm), Pooling(32, "lasttoken")])  # as Qwen3-Embedding is
+    stock.save_pretrained(str(tmp_path / "stock"))
+    adapted = build_model(llm, "llara", lora=True)
+    adapted.save_pretrained(str(tmp_path / "adapted"))
+    for name in ("trained", "stock", "adapted"):
+        with pytest.raises(ValueError, match=rf"{name}' is a model of sentence-transformers: .*its prompts"):
+            build_model(tmp_path / name, "mean")
+        # As the message says.
+        model = SentenceTransformer(str(tmp_path / name), trust_remote_code=True)
+        model[0].model.save_pretrained(tmp_path / f"{name}-llm")
+        model.tokenizer.save_pretrained(tmp_path / f"{name}-llm")
+        again = build_model(tmp_path / f"{name}-llm", "mean")
+        np.testing.assert_allclose(again.encode(TEXTS), build_model(llm, "mean").encode(TEXTS), atol=1e-6)
+    Dataset.from_dict({"anchor": ["a", "b"], "positive": ["c", "d"]}).to_json(tmp_path / "rows.jsonl")
+    config = {
+        "output": str(tmp_path / "run"),
+        "model": {"base": str(tmp_path / "trained"), "recipe": "mean"},
+        "data": {"rows": {"read": "from_columns", "source": str(tmp_path / "rows.jsonl"), "instruction": "Find it"}},
+        "stages": [{"name": "first", "data": ["rows"], "arguments": {"max_steps": 1, "use_cpu": True}}],
+    }
+    with pytest.raises(ValueError, match="is a model of sentence-transformers: .*'start' in a configuration"):
+        train_stages(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_model_on_the_hub_is_no_base(llm, tmp_path):
+    folder = tmp_path / "models--org--model"  # as it lies in the Hub's cache
+    build_model(llm, "last-token").save_pretrained(str(folder / "snapshots" / "0123"))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123")
+    with pytest.raises(ValueError, match="base='org/model' is a model of sentence-transformers"):
+        build_model("org/model", "mean", model_kwargs={"cache_dir": str(tmp_path)})
 
 
 @pytest.mark.parametrize(("recipe", "rank", "scale"), [("nv-embed", 16, 32), ("llara", 64, 16)])
