@@ -23,6 +23,7 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 from st_llm_embed.data.columns import text_columns
+from st_llm_embed.data.normal_form import normal_form
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 50_000
@@ -268,5 +269,6 @@ def text_numbers(rows: Dataset) -> np.ndarray:
 
 
 def hash_texts(texts: Sequence[str]) -> np.ndarray:
-    """``(texts,)``, not negative, the same in every process."""
-    return (pd.util.hash_array(np.array(texts, dtype=object), categorize=False) >> np.uint64(1)).astype(np.int64)
+    """``(texts,)``, not negative, the same in every process and for every spelling of a text."""
+    forms = np.array([normal_form(text) for text in texts], dtype=object)
+    return (pd.util.hash_array(forms, categorize=False) >> np.uint64(1)).astype(np.int64)

@@ -141,27 +141,6 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             gather_across_devices=self.args.gather_across_devices,
         )
 
-    def prepare_loss(
-        self, loss: Callable[[SentenceTransformer], nn.Module] | nn.Module, model: SentenceTransformer
-    ) -> nn.Module:
-        loss = super().prepare_loss(loss, model)
-        if self.tasks is None:
-            return loss
-        inner = _contrastive_loss(loss)
-        if inner is None:
-            raise ValueError(
-                f"{type(loss).__name__} does not read which rows are each other's negatives, which texts are missing "
-                "and which classes there are, as tasks= demand. Fix: InstructionContrastiveLoss(model), which is "
-                "MultipleNegativesRankingLoss where in-batch negatives are on, alone or inside a loss such as "
-                "MatryoshkaLoss; or train without tasks=, with prompts= in the arguments."
-            )
-        if in_batch := [name for name, group in self.groups.items() if group != NONE and not inner.in_batch_negatives]:
-            raise ValueError(
-                f"The tasks {in_batch} have in-batch negatives, and the loss has none: in_batch_negatives=False. Fix: "
-                "InstructionContrastiveLoss(model), or in_batch_negatives=False in the training arguments."
-            )
-        return loss
-
     def override_model_in_loss(self, loss: nn.Module, model: nn.Module) -> nn.Module:
         # It reads the model when it is made. With model_init, each run has another model; other wrappers keep it.
         if isinstance(loss, PretextLoss) and isinstance(model, SentenceTransformer):
@@ -205,6 +184,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                     "some (st-llm-embed mine), or allow in-batch ones in stage 1: "
                     f"Task({name!r}, ..., in_batch_negatives=True)."
                 )
+            self._check_loss(name)
             self.columns[name] = list(dict.fromkeys([*self.columns.get(name, []), *columns]))
             if training and self.args.blended:
                 # Each batch has as many columns as the task with the most, on every process.
@@ -222,25 +202,39 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                     "(model.set_pooling_include_prompt(True)), or make the model with build_model."
                 )
 
+    def _check_loss(self, name: str) -> None:
+        """Does the loss of a task's data set keep to the task?"""
+        loss = self.loss[name] if isinstance(self.loss, dict) else self.loss
+        inner = _contrastive_loss(loss)
+        if inner is None:
+            raise ValueError(
+                f"{type(loss).__name__} does not read which rows are each other's negatives, which texts are missing "
+                "and which classes there are, as tasks= demand. Fix: InstructionContrastiveLoss(model), which is "
+                "MultipleNegativesRankingLoss where in-batch negatives are on, alone or inside a loss such as "
+                "MatryoshkaLoss; or train without tasks=, with prompts= in the arguments."
+            )
+        if self.groups[name] != NONE and not inner.in_batch_negatives:
+            raise ValueError(
+                f"Task {name!r} has in-batch negatives, and the loss in_batch_negatives=False. Fix: "
+                "InstructionContrastiveLoss(model), or in_batch_negatives=False in the training arguments."
+            )
+
     def _check_columns(self, dataset: AnyDataset, training: bool) -> None:
-        """What the data sets of a loss without tasks have in them."""
-        losses = self.loss if isinstance(self.loss, dict) else {}
-        for name, rows in (
-            dataset if isinstance(dataset, dict) else {"train" if training else "eval": dataset}
-        ).items():
-            loss = losses.get(name, self.loss)
-            labels = [
-                column for column in self.data_collator.valid_label_columns if column in (rows.column_names or [])
-            ]
+        """Has a data set without tasks what its loss reads?"""
+        named = dataset if isinstance(dataset, dict) else {"train" if training else "eval": dataset}
+        for name, rows in named.items():
+            loss = self.loss.get(name) if isinstance(self.loss, dict) else self.loss
+            columns = list(rows.column_names or [])
+            labels = [column for column in self.data_collator.valid_label_columns if column in columns]
             if isinstance(loss, PretextLoss):
                 check_pretext_columns(rows, name)
-            elif labels and _contrastive_loss(loss) is not None:
-                check_classes(rows, name, labels[0], several=training)
-            elif not self.own_loss and (not labels or list(rows.column_names)[:2] == ["anchor", "positive"]):
+            elif not self.own_loss and (not labels or columns[:2] == ["anchor", "positive"]):
                 raise ValueError(
                     f"Data set {name!r} has neither a task nor a loss. Pass tasks=[Task({name!r}, 'what to do, in one "
                     f"sentence')] and the data set as {{{name!r}: dataset}}, or a loss=."
                 )
+            elif labels and loss is not None and _contrastive_loss(loss) is not None:
+                check_classes(rows, name, labels[0], several=training)
 
     def get_data_collator(
         self, model: SentenceTransformer, args: LLMEmbedTrainingArguments, processing_class: Any = None
@@ -267,17 +261,21 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
     ) -> BatchSampler | TaskBatchSampler:
         if self.tasks is None:
             return super().get_multi_dataset_batch_sampler(dataset, batch_samplers, generator, seed)
-        names = list(self.train_dataset)
+        batch_size, processes = batch_samplers[0].batch_size, self.args.world_size
+        sources = [
+            Source(name, rows, distinct=self.groups[name] != NONE, weight=self.tasks[name].weight)
+            for name, rows in zip(self.train_dataset, dataset.datasets, strict=True)
+        ]
+        for source in sources:
+            together = min(batch_size, len(dataset if self.args.blended else source.rows) // processes)
+            together *= processes if self.args.gather_across_devices else 1
+            if source.distinct and len(text_columns(source.rows.column_names)) == 2 and together == 1:
+                raise ValueError(
+                    f"Task {source.name!r} has no negatives of its own, and a batch of one row has no others: its "
+                    "loss is 0. Raise per_device_train_batch_size, or mine some (st-llm-embed mine)."
+                )
         return TaskBatchSampler(
-            [
-                Source(name, rows, distinct=self.groups[name] != NONE, weight=self.tasks[name].weight)
-                for name, rows in zip(names, dataset.datasets, strict=True)
-            ],
-            batch_samplers[0].batch_size,
-            self.args.world_size,
-            self.args.blended,
-            self.args.sampling_temperature,
-            seed,
+            sources, batch_size, processes, self.args.blended, self.args.sampling_temperature, seed
         )
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -12,21 +12,22 @@ import pytest
 import torch
 from conftest import save_llm, train_tokenizer
 from hub_server import Repository, hub_server, online
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from test_convert_nv_embed import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 
 from st_llm_embed import build_model
 from st_llm_embed.architectures import decoder_types, tiny_config
 from st_llm_embed.cli import main
 from st_llm_embed.convert import load_nv_embed
 from st_llm_embed.demo import bundled_llm
-from st_llm_embed.hub import save_sealed, seal
+from st_llm_embed.hub import publish, save_sealed, seal
 from st_llm_embed.hub.checking import demand_known_code
 from st_llm_embed.merging import merge_adapter
 from st_llm_embed.model import _lora_targets
+from st_llm_embed.modules import LLMBackbone
 
 TEXTS = ["the cat sat", "seven dogs were barking"]
 ENCODES = """
@@ -100,6 +101,81 @@ def test_every_tensor_comes_back_merged_and_sealed(tmp_path, model_type, dora):
     assert_same(load(tmp_path / "adapter"), vectors)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainable_token_indices": [10, 11]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"modules_to_save": ["norm"], "use_dora": True},
+        {"lora_bias": True},
+    ],
+    ids=["tokens", "embeddings", "norm", "bias"],
+)
+def test_what_else_an_adapter_trains_comes_back_and_is_saved_again(llm, tmp_path, settings):
+    model = adapt(build_model(llm, "last-token"), **settings)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    again = load(tmp_path / "adapter")
+    again.save_pretrained(str(tmp_path / "again"))
+    for found in (again, load(tmp_path / "again"), merge_adapter(again)):
+        assert_same(found, model.encode(TEXTS))
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_an_adapter_that_peft_made_of_an_llm_with_a_head(llm, tmp_path):
+    """Its tensors have other names, and the head's are of no use; one of a deeper LLM than is kept, either."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], use_dora=True, init_lora_weights=False)
+    whole = get_peft_model(AutoModelForCausalLM.from_pretrained(llm), config).eval()
+    for name, parameter in whole.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1.5)
+    whole.save_pretrained(tmp_path)
+    train_tokenizer().save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5, 9]])
+    with torch.no_grad():
+        states = whole(ids, output_hidden_states=True).hidden_states
+        loaded = LLMBackbone(str(tmp_path), attention="causal").eval().model
+        torch.testing.assert_close(loaded(ids).last_hidden_state, states[-1])
+        cut = LLMBackbone(str(tmp_path), attention="causal", num_layers=1).eval().model
+        torch.testing.assert_close(cut(ids).last_hidden_state, cut.norm(states[1]))
+
+
+def test_experts_that_were_adapted_one_by_one(tmp_path):
+    """As transformers 4 did: the loaded LLM has them in one weight. The oracle adds each product to its expert."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    config = MixtralConfig(vocab_size=len(train_tokenizer()), num_local_experts=3, initializer_range=0.2, **sizes)
+    base = save_llm(tmp_path / "llm", config)
+    maps = {"w1": (32, 16), "w3": (32, 16), "w2": (16, 32)}
+    names = {f"experts.{expert}.{name}": shape for expert in range(3) for name, shape in maps.items()}
+    tensors, products = {}, {}
+    for name, (width, out) in {"gate": (32, 3), **names}.items():
+        down, up = 0.2 * torch.randn(2, width), 0.2 * torch.randn(out, 2)
+        whole = f"base_model.model.model.layers.0.block_sparse_moe.{name}"
+        tensors |= {f"{whole}.lora_A.weight": down, f"{whole}.lora_B.weight": up}
+        products[name] = up @ down
+    settings = {"target_modules": [*maps, "gate"], "base_model_name_or_path": base}
+    LoraConfig(r=2, lora_alpha=2, **settings).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    train_tokenizer().save_pretrained(tmp_path)
+    plain = AutoModel.from_pretrained(base).eval()
+    experts = plain.layers[0].mlp
+    ids = torch.tensor([[3, 4, 5, 9]])
+    with torch.no_grad():
+        experts.gate.weight += products["gate"]
+        for expert in range(3):
+            first, third, second = (products[f"experts.{expert}.{name}"] for name in maps)
+            experts.experts.gate_up_proj[expert] += torch.cat([first, third])
+            experts.experts.down_proj[expert] += second
+        loaded = LLMBackbone(str(tmp_path), attention="causal").eval().model
+        torch.testing.assert_close(loaded(ids).last_hidden_state, plain(ids).last_hidden_state, atol=1e-5, rtol=0)
+
+
 def test_a_tensor_without_a_place_is_named(llm, tmp_path):
     adapt(build_model(llm, "last-token")).save_pretrained(str(tmp_path / "adapter"))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -119,16 +195,20 @@ def test_a_tensor_without_a_place_is_named(llm, tmp_path):
         load(tmp_path / "adapter")
 
 
-def test_a_revision_has_its_own_adapter(llm, tmp_path):
+@pytest.mark.parametrize("base", ["org/base", ""], ids=["base on the Hub", "base beside it"])
+def test_a_revision_has_its_own_adapter(llm, tmp_path, base):
+    """And an adapter's base is of the revision that its file names."""
     expected = {}
     with hub_server() as hub:
         for name in ("org/base", "org/adapter"):
             hub.repositories[name] = Repository(False)
-        hub.repositories["org/base"].commit("main", contents(Path(llm)))
+        first_base = hub.repositories["org/base"].commit("main", contents(Path(llm)))
+        hub.repositories["org/base"].commit("main", contents(Path(save_llm(tmp_path / "later"))))
         for version in ("first", "second"):
             folder = tmp_path / version
             model = adapt(build_model(llm, "last-token"))
-            model[0].model.peft_config["default"].base_model_name_or_path = "org/base"
+            config = model[0].model.peft_config["default"]
+            config.base_model_name_or_path, config.revision = base, first_base if base else None
             model.save_pretrained(str(folder))
             seal(folder)
             commit = hub.repositories["org/adapter"].commit("main", contents(folder))
@@ -188,9 +268,16 @@ def test_a_base_by_its_relative_path_is_found_from_anywhere(llm, tmp_path, monke
     model.save_pretrained(str(tmp_path / "adapter"))
     monkeypatch.chdir(tmp_path)
     assert_same(load(tmp_path / "adapter"), model.encode(TEXTS))
+    with pytest.raises(ValueError, match="The adapter's base is .*, a folder of this machine"):
+        publish(model, "org/name", adapter="only")  # before it is saved and checked
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    gone = {**config, "base_model_name_or_path": str(tmp_path / "gone")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(gone))
+    with pytest.raises(FileNotFoundError, match="The base of the adapter .*gone', is not there. Put it back"):
+        load(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "phimoe", "llama4_text", "deepseek_v4", "jamba", "mamba"])
+@pytest.mark.parametrize("model_type", ["mixtral", "phimoe", "llama4_text", "deepseek_v4", "jamba", "mamba", "falcon"])
 def test_a_recipes_lora_leaves_experts_routers_and_kernels_alone(tmp_path, model_type):
     model = train(build(tmp_path / "llm", model_type, "nv-embed", lora=True, num_latents=4))
     loss = model(model.preprocess(TEXTS))["sentence_embedding"].square().sum()

@@ -7,14 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, Value
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MatryoshkaLoss
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    CoSENTLoss,
+    MarginMSELoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+    TripletLoss,
+)
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import TrainerCallback
 
@@ -25,6 +32,7 @@ from st_llm_embed import (
     PretextLoss,
     Task,
     build_model,
+    training_args,
 )
 from st_llm_embed.data import consecutive_texts, from_class_examples, sentences
 from st_llm_embed.losses.instruction_contrastive import NONE
@@ -511,3 +519,289 @@ def test_arguments_do_not_leak_between_trainers(llm, tmp_path):
     before = copy.deepcopy(args.prompts)
     LLMEmbedTrainer(build_model(llm, "mean"), args, {"docs": rows()}, tasks=[DOCS])
     assert args.prompts == before
+
+
+def batches(trainer: LLMEmbedTrainer) -> list[dict]:
+    return [
+        {key: value for key, value in batch.items() if value is not None} for batch in trainer.get_train_dataloader()
+    ]
+
+
+@pytest.mark.parametrize("how", [{"stage": 1}, {"stage": 2}, {"stage": 1, "blended": True}], ids=str)
+@pytest.mark.parametrize("recipe", ["nv-embed", "llara"])
+def test_evaluation_data_changes_nothing_in_training(llm, tmp_path, recipe, how):
+    """Fewer, more and other columns of negatives, other tasks and sizes."""
+    model = build_model(llm, recipe, document_length=40)
+    data = {"docs": rows(3), "topics": rows(2)}
+    tasks = [replace(DOCS, negatives=3), replace(TOPICS, in_batch_negatives=True)]
+
+    def trainer(evaluated: dict | None) -> LLMEmbedTrainer:
+        return LLMEmbedTrainer(model, arguments(tmp_path, max_steps=4, **how), data, evaluated, tasks=tasks)
+
+    expected = trainer(None)
+    for evaluated in (
+        {"docs": rows(1, 3), "topics": rows(1, 3)},
+        {"topics": rows(5, 3)},
+        {"docs": rows(1, 3).rename_column("negative_1", "negative")},
+    ):
+        found = trainer(evaluated)
+        for one, other in zip(batches(expected), batches(found), strict=True):
+            assert list(one) == list(other)
+            assert all(torch.equal(one[key], other[key]) for key in one if isinstance(one[key], torch.Tensor))
+        for name, rows_of in evaluated.items():  # and what is evaluated is as if it were alone
+            alone = LLMEmbedTrainer(model, arguments(tmp_path, **how), {name: rows_of}, tasks=[DOCS, tasks[1]])
+            assert found.evaluate()[f"eval_{name}_loss"] == pytest.approx(
+                alone.evaluate({name: rows_of})[f"eval_{name}_loss"], rel=1e-4
+            )
+
+
+def test_pooling_of_prompts_is_asked_of_the_training_data(llm, tmp_path):
+    """A task that is only evaluated is in no blended batch."""
+    model = build_model(llm, "mean", include_prompt=False)
+    data = {"docs": rows(1)}, {"topics": rows(1), "docs": rows(3)}
+    LLMEmbedTrainer(model, arguments(tmp_path, stage=2), *data, tasks=[DOCS, TOPICS])
+
+
+def test_a_data_set_evaluated_later_is_checked_and_has_its_prompts(llm, tmp_path):
+    model = build_model(llm, "llara").eval()
+    trainer = LLMEmbedTrainer(model, arguments(tmp_path), {"docs": rows(1)}, tasks=[DOCS, TOPICS])
+    later = {"topics": rows(2, 4)}
+    found = trainer.evaluate(later)["eval_topics_loss"]
+    assert found == trainer.evaluate(later)["eval_topics_loss"] and "topics" not in trainer.train_dataset
+    known = LLMEmbedTrainer(model, arguments(tmp_path), {"docs": rows(1)}, later, tasks=[DOCS, TOPICS])
+    assert found == pytest.approx(known.evaluate()["eval_topics_loss"], rel=1e-5)
+    with pytest.raises(ValueError, match="needs a dict of data sets by task name"):
+        trainer.evaluate(rows(2, 4))
+    with pytest.raises(ValueError, match=r"\['other'\] have no task"):
+        trainer.evaluate({"other": rows(2)})
+
+
+def labelled(values: list, **kwargs) -> Dataset:
+    return rows(**kwargs).add_column("label", values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1] * 8, "is 1 in every row.*add rows of other classes if these are classes; dataset.remove_columns"),
+        ([True, False] * 4, r"holds \[True, False, True\].*class_encode_column\('label'\)"),
+        (["match"] * 8, r"holds \['match', 'match', 'match'\]"),
+        ([0.5, 1.0] * 4, r"holds \[0.5, 1.0, 0.5\]"),
+        ([None] * 8, r"holds \[None, None, None\]"),
+        ([1, None] * 4, r"is None in some rows.*dataset.filter\(lambda row: row\['label'\] is not None\)"),
+        ([[0, 1]] * 8, r"holds \[\[0, 1\], \[0, 1\], \[0, 1\]\]"),
+        ([2**64 - 1, 1] * 4, r"holds \[18446744073709551615, 1, "),
+    ],
+)
+def test_a_label_that_is_no_class_is_refused(llm, tmp_path, values, message):
+    model = build_model(llm, "mean")
+    data = labelled(values, negatives=0)
+    for given in ({"train_dataset": {"docs": data}, "tasks": [DOCS]}, {"train_dataset": data, "loss": "own"}):
+        if "loss" in given:
+            given["loss"] = InstructionContrastiveLoss(model)
+        with pytest.raises(ValueError, match=f"Column 'label' of data set '(docs|train)' {message}"):
+            LLMEmbedTrainer(model, arguments(tmp_path), **given)
+
+
+def test_labels_that_are_classes_are_read(llm, tmp_path):
+    """Numbers of any width, named classes, -1 for none; few rows of one class may be evaluated."""
+    model = build_model(llm, "mean").eval()
+    classes = [0, 1, 1, 2, 0, 1, 2, 2]
+    expected = None
+    for data in (
+        labelled(classes, negatives=0),
+        labelled(classes, negatives=0).cast_column("label", Value("uint8")),
+        labelled(list("abbcabcc"), negatives=0).class_encode_column("label"),
+    ):
+        evaluated = {"docs": data.select([1, 2])}
+        trainer = LLMEmbedTrainer(model, arguments(tmp_path), {"docs": data}, evaluated, tasks=[DOCS])
+        batch = trainer.data_collator([{**row, "dataset_name": "docs"} for row in data])
+        assert batch["label"][:, 1].tolist() == classes
+        with torch.no_grad():
+            loss = trainer.compute_loss(model, batch).item()
+        assert expected is None or loss == expected
+        expected = loss
+
+
+def test_score_columns_of_the_host_are_no_classes(llm, tmp_path):
+    """The host hands score to the loss too, which would cut 0.5 to class 0."""
+    model = build_model(llm, "mean")
+    data = rows(0).add_column("score", [0.1 * i for i in range(8)])
+    with pytest.raises(ValueError, match=r"Column 'score' of data set 'train' holds \[0.0, 0.1, 0.2\]"):
+        LLMEmbedTrainer(model, arguments(tmp_path), data, loss=InstructionContrastiveLoss(model))
+    args = SentenceTransformerTrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="The labels are torch.float32, such as .*Fix: remove the column"):
+        SentenceTransformerTrainer(model, args, data, loss=InstructionContrastiveLoss(model)).train()
+
+
+def test_a_batch_of_one_row_without_negatives_is_refused(llm, tmp_path):
+    model = build_model(llm, "mean")
+    for data, batch_size in (({"docs": rows(0)}, 1), ({"docs": rows(0), "more": rows(0, 1)}, 4)):
+        args = arguments(tmp_path, per_device_train_batch_size=batch_size)
+        trainer = LLMEmbedTrainer(model, args, data, tasks=[DOCS, replace(DOCS, name="more")])
+        with pytest.raises(ValueError, match="a batch of one row has no others: its loss is 0"):
+            trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batch_sampler": "no_duplicates"}, "batch_sampler=.*no_duplicates.* tasks= make the batches. Set blended"),
+        ({"batch_sampler": "group_by_label"}, "batch_sampler=.*has no effect: tasks= make the batches"),
+        ({"multi_dataset_batch_sampler": "round_robin"}, "multi_dataset_batch_sampler=.*has no effect: tasks= make"),
+        ({"data_seed": 3}, "data_seed=3 has no effect: the order of the rows is that of seed"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect: sentence-transformers' trainer"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' has no effect"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 has no effect"),
+        ({"stage": 2, "false_negative_margin": 0.9}, "false_negative_margin=0.9 .*no task has in-batch negatives"),
+        ({"in_batch_negatives": False, "gather_across_devices": True}, "gather_across_devices=True .*no task has"),
+    ],
+)
+def test_arguments_without_effect_on_tasks_are_refused(llm, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        LLMEmbedTrainer(build_model(llm, "mean"), arguments(tmp_path, **given), {"docs": rows()}, tasks=[DOCS])
+
+
+OF_TASKS = {
+    "stage": 2,
+    "temperature": 0.5,
+    "in_batch_negatives": False,
+    "blended": True,
+    "sampling_temperature": 2.0,
+    "false_negative_margin": 0.9,
+    "mini_batch_size": 2,
+    "gather_across_devices": True,
+}
+
+
+def test_arguments_of_tasks_have_no_effect_without(llm, tmp_path):
+    model = build_model(llm, "llara")
+    assert set(OF_TASKS) == set(training_args.OF_TASKS)
+    for name, value in OF_TASKS.items():
+        args = arguments(tmp_path, **{name: value})
+        with pytest.raises(ValueError, match=f"{name}={value} has no effect: it is read with tasks="):
+            LLMEmbedTrainer(model, args, Dataset.from_dict(PRETEXT), loss=PretextLoss(model))
+        if name in ("temperature", "false_negative_margin", "mini_batch_size", "gather_across_devices"):
+            with pytest.raises(ValueError, match=f"{name}={value} has no effect: the loss is one of your own"):
+                loss = MatryoshkaLoss(model, InstructionContrastiveLoss(model), [32, 8])
+                LLMEmbedTrainer(model, args, {"docs": rows()}, loss=loss, tasks=[DOCS])
+
+
+def test_losses_that_do_not_keep_to_the_tasks_are_refused(llm, tmp_path):
+    """MultipleNegativesRankingLoss would take "" for a negative in blended batches, and others' texts in stage 2."""
+    model = build_model(llm, "mean")
+    data, tasks = {"docs": rows(3), "topics": rows(1)}, [DOCS, TOPICS]
+    for loss in (MultipleNegativesRankingLoss(model), MarginMSELoss, CoSENTLoss(model), lambda m: TripletLoss(m)):
+        with pytest.raises(ValueError, match="Loss does not read which rows are each other's negatives"):
+            LLMEmbedTrainer(model, arguments(tmp_path, stage=2), data, loss=loss, tasks=tasks)
+    own = {"docs": InstructionContrastiveLoss(model, scale=10), "topics": InstructionContrastiveLoss(model)}
+    with pytest.raises(ValueError, match="In blended batches all tasks have one loss"):
+        LLMEmbedTrainer(model, arguments(tmp_path, stage=2), data, loss=own, tasks=tasks)
+    trainer = LLMEmbedTrainer(model, arguments(tmp_path), data, loss=own, tasks=tasks)
+    trainer.train()
+    off = {**own, "docs": InstructionContrastiveLoss(model, in_batch_negatives=False)}
+    for loss in (off, off["docs"]):
+        with pytest.raises(ValueError, match="'docs' has in-batch negatives, and the loss in_batch_negatives=False"):
+            LLMEmbedTrainer(model, arguments(tmp_path), data, loss=loss, tasks=tasks)
+    with pytest.raises(ValueError, match="tasks= brings its own collator"):
+        collator = trainer.data_collator
+        LLMEmbedTrainer(model, arguments(tmp_path), data, tasks=tasks, data_collator=collator)
+
+
+def test_tasks_that_say_nothing_are_refused(llm, tmp_path):
+    model = build_model(llm, "mean")
+    for tasks in ([], [DOCS, replace(DOCS, instruction="Find something else")]):
+        with pytest.raises(ValueError, match="tasks= takes one task or more, each with a name of its own"):
+            LLMEmbedTrainer(model, arguments(tmp_path), {"docs": rows()}, tasks=tasks)
+
+
+def test_forgetting_tasks_says_so(llm, tmp_path):
+    model = build_model(llm, "mean")
+    for data in ({"docs": rows()}, rows(), labelled(list(range(8))), rows().to_iterable_dataset()):
+        with pytest.raises(ValueError, match="has neither a task nor a loss. Pass tasks=.Task"):
+            LLMEmbedTrainer(model, arguments(tmp_path), data)
+    with pytest.raises(ValueError, match="args is SentenceTransformerTrainingArguments. LLMEmbedTrainer takes"):
+        args = SentenceTransformerTrainingArguments(str(tmp_path), report_to=[])
+        LLMEmbedTrainer(model, args, {"docs": rows()}, tasks=[DOCS])
+    scored = rows(0).rename_columns({"anchor": "sentence1", "positive": "sentence2"})  # the host's default reads it
+    scored = scored.add_column("score", [0.1 * i for i in range(8)])
+    LLMEmbedTrainer(model, arguments(tmp_path), scored).train()
+
+
+@pytest.mark.parametrize("kind", [dict, DatasetDict])
+def test_the_callers_data_sets_stay_as_they_are(llm, tmp_path, kind):
+    model = build_model(llm, "mean")
+    data, evaluated = kind({"docs": rows(), "topics": rows()}), kind({"docs": rows(1).with_format("numpy")})
+    given = {name: of for part in (data, evaluated) for name, of in part.items()}
+    before = {name: (of.format, of[0], id(of)) for name, of in given.items()}
+    trainer = LLMEmbedTrainer(model, arguments(tmp_path), data, evaluated, tasks=[DOCS, TOPICS])
+    trainer.train()
+    trainer.evaluate(evaluated)
+    losses = dict.fromkeys(data, InstructionContrastiveLoss(model))
+    LLMEmbedTrainer(model, arguments(tmp_path), data, loss=losses).train()
+    after = {name: of for part in (data, evaluated) for name, of in part.items()}
+    assert {name: (of.format, of[0], id(of)) for name, of in after.items()} == before
+
+
+def stream(documents: int, texts: int) -> IterableDataset:
+    """Of documents one after the other, as a file has them."""
+    lines = Dataset.from_dict(
+        {"text": [f"d {n} . " + " ".join(f"\n\nd {n} {i}" for i in range(texts)) for n in range(documents)]}
+    )
+    return consecutive_texts(lines.to_iterable_dataset())
+
+
+def test_a_stream_is_shuffled_and_resumes(llm, tmp_path):
+    """Batches mix documents, an epoch has each row once, another epoch has another order, and one resumed the same."""
+    model = build_model(llm, "llara")
+
+    def trainer(folder: str, steps: int = 9) -> LLMEmbedTrainer:
+        args = arguments(tmp_path / folder, max_steps=steps, save_strategy="steps", save_steps=5, seed=3)
+        model.load_state_dict(start)
+        return LLMEmbedTrainer(model, args, stream(4, 6), loss=PretextLoss(model))
+
+    def seen(of: LLMEmbedTrainer, epoch: int) -> list[list[str]]:
+        loader = of.get_train_dataloader()
+        loader.set_epoch(epoch)
+        return [model.tokenizer.batch_decode(batch["text_input_ids"], skip_special_tokens=True) for batch in loader]
+
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    whole = trainer("whole")
+    first, second = (seen(whole, epoch) for epoch in (0, 1))
+    assert first == seen(whole, 0) != second
+    assert sum(len({text.split()[1] for text in batch}) > 1 for batch in first) == len(first) == 6
+    rows_of = [text for batch in first for text in batch]
+    assert len(rows_of) == len(set(rows_of)) == 24 and sorted(rows_of) == sorted(t for b in second for t in b)
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    resumed = trainer("whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses and len(losses) == 9
+
+
+def test_a_stream_without_rows_is_refused(llm, tmp_path):
+    model = build_model(llm, "llara")
+    nothing = (
+        "Data set 'train' cannot be read: No text has a next one: of 3 documents, 0 are empty and 3 have one text"
+    )
+    alone = Dataset.from_dict({"text": ["one paragraph"] * 3}).to_iterable_dataset()
+    with pytest.raises(ValueError, match=nothing):
+        LLMEmbedTrainer(model, arguments(tmp_path), consecutive_texts(alone), loss=PretextLoss(model))
+    features = Dataset.from_dict({"text": ["a"], "next": ["b"]}).features
+    empty = IterableDataset.from_generator(lambda: iter([]), features=features)
+    for loss in (PretextLoss(model), lambda model: PretextLoss(model)):
+        with pytest.raises(ValueError, match="Data set 'train' has no rows"):
+            LLMEmbedTrainer(model, arguments(tmp_path), empty, loss=loss)
+    with pytest.raises(ValueError, match="Data set 'eval' has the columns .*PretextLoss reads"):
+        LLMEmbedTrainer(model, arguments(tmp_path), stream(2, 2), rows(), loss=PretextLoss(model))
+
+
+def test_a_run_without_a_step_is_an_error(llm, tmp_path):
+    """A stream may end before its first batch."""
+    model = build_model(llm, "llara")
+    args = arguments(tmp_path, per_device_train_batch_size=64, dataloader_drop_last=True)
+    trainer = LLMEmbedTrainer(model, args, stream(2, 2), loss=PretextLoss(model))
+    with pytest.raises(
+        ValueError, match="Nothing was trained: the data gave no batch.*per_device_train_batch_size=64"
+    ):
+        trainer.train()
