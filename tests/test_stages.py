@@ -22,7 +22,8 @@ from st_llm_embed.cli import main
 from st_llm_embed.data import windows
 from st_llm_embed.hub import save_sealed
 from st_llm_embed.merging import merge_adapter
-from st_llm_embed.stages import READERS, _last_checkpoint, _split, train_stages
+from st_llm_embed.stages import READERS, Stage, _arguments, _last_checkpoint, _split, train_stages
+from st_llm_embed.tasks import Task
 
 QUIET = {
     "use_cpu": True,
@@ -189,6 +190,31 @@ def test_a_configuration_that_makes_no_sense_is_refused(settings, tmp_path):
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds something that is no run of this command"):
         train_stages(changed(output=str(tmp_path / "full")))
+
+
+def test_documents_without_rows_are_refused_before_anything_is_written(settings):
+    settings["data"]["documents"]["split"] = "paragraphs"  # of which each document has one
+    with pytest.raises(
+        ValueError, match="Data set 'documents' cannot be read: No text has a next one: of 64 documents"
+    ):
+        train_stages(settings)
+    assert not Path(settings["output"]).exists()
+
+
+def test_shared_arguments_reach_the_stages_that_they_have_an_effect_on():
+    """What no stage reads is refused, and so is a stage's own argument without effect."""
+    stages = [Stage("a", ["text"]), Stage("b", ["docs"]), Stage("c", ["docs"], {"stage": 2})]
+    data = {"text": None, "docs": (None, Task("docs", "Find it"))}
+    shared = {"learning_rate": 1e-4, "temperature": 0.5, "false_negative_margin": 0.9}
+    first, second, third = _arguments(stages, data, shared)
+    assert first == {"learning_rate": 1e-4} and second == shared
+    assert third == {"learning_rate": 1e-4, "temperature": 0.5, "stage": 2}
+    with pytest.raises(ValueError, match="false_negative_margin=0.9 has no effect: it is read with tasks="):
+        _arguments(stages[:1], data, {"false_negative_margin": 0.9})
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 has no effect"):
+        _arguments(stages, data, {"label_smoothing_factor": 0.1})
+    with pytest.raises(ValueError, match="temperature=0.5 has no effect"):
+        _arguments([Stage("a", ["text"], {"temperature": 0.5}), *stages[1:]], data, {})
 
 
 def test_splits_and_readers_by_name():
