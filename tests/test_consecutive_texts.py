@@ -22,6 +22,9 @@ def test_paragraphs_follow_each_other_inside_a_document():
     assert counts == {"documents": 5, "rows": 2, "duplicates": 1, "empty": 2, "without next": 1}
     with pytest.raises(ValueError, match="of 2 documents, 1 are empty and 1 have one text only. Split more finely"):
         consecutive_texts(["alone", ""])
+    stream = consecutive_texts(Dataset.from_dict({"text": ["alone", ""]}).to_iterable_dataset())
+    with pytest.raises(ValueError, match="of 2 documents, 1 are empty and 1 have one text only. Split more finely"):
+        list(stream)
 
 
 def test_every_form_of_documents_gives_the_same_rows():

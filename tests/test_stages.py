@@ -23,7 +23,8 @@ from st_llm_embed.cli import main
 from st_llm_embed.data import windows
 from st_llm_embed.hub import save_sealed
 from st_llm_embed.merging import merge_adapter
-from st_llm_embed.stages import LOCK, READERS, _last_checkpoint, _split, train_stages
+from st_llm_embed.stages import LOCK, READERS, Stage, _arguments, _last_checkpoint, _split, train_stages
+from st_llm_embed.tasks import Task
 
 QUIET = {
     "use_cpu": True,
@@ -323,6 +324,36 @@ def test_damaged_weights_are_passed_over_and_named(settings, caplog):
     (model / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="adapter_model.safetensors. Remove that folder; its stage then goes on"):
         train_stages(settings)
+
+
+def test_documents_without_rows_are_refused_before_anything_is_written(settings):
+    settings["data"]["documents"]["split"] = "paragraphs"  # of which each document has one
+    with pytest.raises(
+        ValueError, match="Data set 'documents' cannot be read: No text has a next one: of 64 documents"
+    ):
+        train_stages(settings)
+    assert not Path(settings["output"]).exists()
+
+
+def test_shared_arguments_reach_the_stages_that_they_have_an_effect_on():
+    """What no stage reads is refused, and so is a stage's own argument without effect."""
+    stages = [Stage("a", ["text"]), Stage("b", ["docs"]), Stage("c", ["docs"], {"stage": 2})]
+    data = {"text": None, "docs": (None, Task("docs", "Find it"))}
+    shared = {"learning_rate": 1e-4, "temperature": 0.5, "false_negative_margin": 0.9}
+
+    def arguments_of(stages: list[Stage], **shared: object) -> list[dict]:
+        return _arguments(stages, data, {"seed": 0, "arguments": {"seed": 1, "report_to": [], **shared}})
+
+    always = {"seed": 1, "report_to": []}
+    first, second, third = arguments_of(stages, **shared)
+    assert first == {**always, "learning_rate": 1e-4} and second == {**always, **shared}
+    assert third == {**always, "learning_rate": 1e-4, "temperature": 0.5, "stage": 2}
+    with pytest.raises(ValueError, match="false_negative_margin=0.9 has no effect: it is read with tasks="):
+        arguments_of(stages[:1], false_negative_margin=0.9)
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1 has no effect"):
+        arguments_of(stages, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="temperature=0.5 has no effect"):
+        arguments_of([Stage("a", ["text"], {"temperature": 0.5}), *stages[1:]])
 
 
 def test_splits_and_readers_by_name():

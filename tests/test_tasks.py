@@ -48,6 +48,11 @@ def test_negatives_and_weight_are_checked():
     assert Task("x", "y").negatives is None and Task("x", "y").weight == 1
     with pytest.raises(ValueError, match="Task 'x' has negatives=-1. It must be 0 or more"):
         Task("x", "y", negatives=-1)
+    for name in ("query", "document", "passage", "corpus", "similarity"):
+        with pytest.raises(ValueError, match=f"A task cannot be called '{name}'.*such as 'my_{name}'"):
+            Task(name, "y")
+    with pytest.raises(ValueError, match="Task 'x' has '{text}' in its instruction"):
+        Task("x", "Find {text} here")
     for weight in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"Task 'x' has weight={weight}. It must be a positive number"):
             Task("x", "y", weight=weight)

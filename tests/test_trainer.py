@@ -590,7 +590,6 @@ def labelled(values: list, **kwargs) -> Dataset:
         ([None] * 8, r"holds \[None, None, None\]"),
         ([1, None] * 4, r"is None in some rows.*dataset.filter\(lambda row: row\['label'\] is not None\)"),
         ([[0, 1]] * 8, r"holds \[\[0, 1\], \[0, 1\], \[0, 1\]\]"),
-        ([2**64 - 1, 1] * 4, r"holds \[18446744073709551615, 1, "),
     ],
 )
 def test_a_label_that_is_no_class_is_refused(llm, tmp_path, values, message):
@@ -688,7 +687,7 @@ def test_arguments_of_tasks_have_no_effect_without(llm, tmp_path):
 
 
 def test_losses_that_do_not_keep_to_the_tasks_are_refused(llm, tmp_path):
-    """MultipleNegativesRankingLoss would take "" for a negative in blended batches, and others' texts in stage 2."""
+    """MultipleNegativesRankingLoss would take "" for a negative in blended batches, in stage 2 other rows' texts."""
     model = build_model(llm, "mean")
     data, tasks = {"docs": rows(3), "topics": rows(1)}, [DOCS, TOPICS]
     for loss in (MultipleNegativesRankingLoss(model), MarginMSELoss, CoSENTLoss(model), lambda m: TripletLoss(m)):
@@ -732,15 +731,17 @@ def test_forgetting_tasks_says_so(llm, tmp_path):
 def test_the_callers_data_sets_stay_as_they_are(llm, tmp_path, kind):
     model = build_model(llm, "mean")
     data, evaluated = kind({"docs": rows(), "topics": rows()}), kind({"docs": rows(1).with_format("numpy")})
-    given = {name: of for part in (data, evaluated) for name, of in part.items()}
-    before = {name: (of.format, of[0], id(of)) for name, of in given.items()}
+
+    def state() -> list[tuple]:
+        return [(name, id(of), of.format, of[0]) for part in (data, evaluated) for name, of in part.items()]
+
+    before = state()
     trainer = LLMEmbedTrainer(model, arguments(tmp_path), data, evaluated, tasks=[DOCS, TOPICS])
     trainer.train()
     trainer.evaluate(evaluated)
     losses = dict.fromkeys(data, InstructionContrastiveLoss(model))
     LLMEmbedTrainer(model, arguments(tmp_path), data, loss=losses).train()
-    after = {name: of for part in (data, evaluated) for name, of in part.items()}
-    assert {name: (of.format, of[0], id(of)) for name, of in after.items()} == before
+    assert state() == before
 
 
 def stream(documents: int, texts: int) -> IterableDataset:
