@@ -127,7 +127,8 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     if "kv_lora_rank" in sizes:  # latent attention: as many keys as queries, and their size is a sum
         sizes["num_key_value_heads"] = 4
         sizes.pop("head_dim", None)
-    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or []))  # dory saves twice as many
+    # Of those that can be set; dory saves twice as many.
+    kinds = list(dict.fromkeys(getattr(default, "layer_types", None) or [])) if "layer_types" in known else []
     if len(kinds) > 1:
         sizes |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     return type(default)(**{**sizes, **SPECIAL.get(model_type, {})})

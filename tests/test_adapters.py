@@ -116,8 +116,13 @@ def test_what_else_an_adapter_trains_comes_back_and_is_saved_again(llm, tmp_path
     model.save_pretrained(str(tmp_path / "adapter"))
     again = load(tmp_path / "adapter")
     again.save_pretrained(str(tmp_path / "again"))
-    for found in (again, load(tmp_path / "again"), merge_adapter(again)):
+    for found in (again, load(tmp_path / "again")):
         assert_same(found, model.encode(TEXTS))
+    if "lora_bias" in settings:  # which the LLM's linear maps have no place for
+        with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True`"):
+            merge_adapter(again)
+    else:
+        assert_same(merge_adapter(again), model.encode(TEXTS))
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     assert before.keys() == after.keys() and all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
@@ -147,6 +152,7 @@ def test_experts_that_were_adapted_one_by_one(tmp_path):
         "intermediate_size": 16,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "head_dim": 8,
     }
     config = MixtralConfig(vocab_size=len(train_tokenizer()), num_local_experts=3, initializer_range=0.2, **sizes)
@@ -191,7 +197,7 @@ def test_a_tensor_without_a_place_is_named(llm, tmp_path):
     save_file(tensors, file)
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": other}))
-    with pytest.raises((ValueError, RuntimeError), match="no place for|size mismatch"):
+    with pytest.raises(ValueError, match="The adapter does not fit '.*other'"):
         load(tmp_path / "adapter")
 
 

@@ -35,6 +35,7 @@ SHIPPED_IMPORTS = {
         "contextvars",
         "copy",
         "functools",
+        "importlib",
         "inspect",
         "json",
         "logging",

@@ -158,7 +158,9 @@ def test_a_broken_connection_leaves_nothing_half_written(hub, models):
     assert hub.uploads["broken"].startswith("ConnectionError: The upload to 'org/broken' failed")
     repository = hub.repositories["org/broken"]
     assert list(next(iter(repository.commits.values()))) == [".gitattributes"]
-    assert without_attributes(repository.files) == contents(models["first"][1])
+    sent = contents(models["first"][1])
+    del sent["training_args.bin"]
+    assert without_attributes(repository.files) == sent
     assert len(repository.commits) == 2
 
 

@@ -115,10 +115,10 @@ def _ship_source(root: Path, reference: str) -> str:
         return reference
     file = f"{module.rpartition('.')[2]}.py"
     try:
-        spec = importlib.util.find_spec(module)
-        if spec is None:
+        spec = None if module == "__main__" else importlib.util.find_spec(module)
+        if spec is None and module != "__main__":
             raise ImportError(f"no module {module!r} is installed here")
-        if Path(spec.origin or "").name != file or file == "__main__.py":
+        if spec is None or Path(spec.origin or "").name != file:
             raise ImportError("it is not in a file of its module's name")
         for source in map(Path, (spec.origin, *get_relative_import_files(spec.origin))):
             there = root / source.name

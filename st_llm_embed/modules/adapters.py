@@ -81,7 +81,10 @@ def load_adapter(model: PreTrainedModel, adapter: str, where: dict[str, Any], nu
     """
     weights = cached_file(adapter, WEIGHTS, **where)
     _make_room(model, weights)
-    report = model.load_adapter(adapter, adapter_kwargs=where)
+    try:
+        report = model.load_adapter(adapter, adapter_kwargs=where)
+    except RuntimeError as error:  # of tensors of another shape
+        raise ValueError(f"The adapter does not fit {model.name_or_path!r}: {error}") from error
     _take_all_tensors(model, weights, report, num_layers)
 
 
