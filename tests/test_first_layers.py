@@ -18,7 +18,7 @@ from st_llm_embed.hub import seal
 from st_llm_embed.modules.first_layers import keep_first_layers
 
 TEXTS = ["the cat sat", "seven dogs were barking at the moon", "a cat " * 20]
-IDS = (torch.arange(40).reshape(2, 20) * 37 + 5) % 500  # longer than the windows of 4
+IDS = (torch.arange(40).reshape(2, 20) * 37 + 5) % 300  # longer than the windows of 4, within the small vocabulary
 
 
 @torch.no_grad()
