@@ -306,10 +306,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from st_llm_embed.evaluation.parity import as_markdown
     from st_llm_embed.hub import demand_writable
 
-    demand_writable(arguments.output)
     not_settings = {"source", "tasks", "output", "parity", "run"}
     settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
     if arguments.parity:
+        demand_writable(arguments.output)  # as evaluate does by itself
         if chosen := [name for name in ("dtype", "attn_implementation") if settings.pop(name)]:
             raise ValueError(f"--parity compares precisions and attentions itself: leave out {', '.join(chosen)}.")
         table = as_markdown(parity(arguments.source, arguments.tasks, **settings))
