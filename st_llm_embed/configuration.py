@@ -123,7 +123,7 @@ def _fitting(value: Any, kind: Any) -> Any:
 
 def _is_a(value: Any, kind: Any) -> bool:
     kind = type(None) if kind is None else get_origin(kind) or kind
-    if not isinstance(kind, type):  # Any, a Literal, a name that is not there to look up
+    if kind is Any or not isinstance(kind, type):  # a Literal, a name that is not there
         return True
     if isinstance(value, bool):
         return kind in (bool, object)

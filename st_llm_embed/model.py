@@ -158,7 +158,7 @@ def _lora_targets(llm: PreTrainedModel) -> list[str]:
     for name, module in modules.items():
         parent, _, leaf = name.rpartition(".")
         kinds = f"{type(module).__name__} {type(modules[parent]).__name__}"
-        if not isinstance(module, (nn.Linear, Conv1D)) or "Router" in kinds or "Grouped" in kinds:
+        if not isinstance(module, (nn.Linear, Conv1D)) or "Router" in kinds or leaf == "router" or "Grouped" in kinds:
             continue
         if (has_experts and leaf in EXPERT_NAMES) or (leaf in KERNEL_NAMES and hasattr(modules[parent], "conv1d")):
             continue

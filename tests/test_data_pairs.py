@@ -220,3 +220,11 @@ def test_classes_of_a_real_set(shared):
     labels = from_class_labels(file, label="label_text")
     assert len(labels) == len(made) and labels.column_names == made.column_names[:9]
     assert all(label_of[row["anchor"]] == row["positive"] for row in labels)
+
+
+@pytest.mark.parametrize("label", [["entailment"], {"x": 1}])
+@pytest.mark.parametrize("read", [from_nli, from_class_examples, from_class_labels])
+def test_a_label_is_one_value(read, label):
+    rows = Dataset.from_list([{"text": "a", "sentence1": "a", "sentence2": "b", "label": label}] * 2)
+    with pytest.raises(ValueError, match=r"Row 0 has the label .*A label is text or a number, and a row has one\. Fix"):
+        read(rows)

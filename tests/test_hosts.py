@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from st_llm_embed.modules.llm_backbone import REQUIREMENTS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -75,3 +77,9 @@ def test_unknown_hosts_are_refused():
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == "HOSTS=oldest is unknown. Valid values: locked, lowest, newest."
+
+
+def test_published_models_ask_for_what_is_tried():
+    bounds = {own.name: own.specifier for own in dependencies()}
+    for name, requirement in REQUIREMENTS.items():
+        assert requirement["specifier"] in str(bounds[name]).split(",")

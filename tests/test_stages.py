@@ -242,7 +242,7 @@ WRONG = [
     (lambda s: s["data"]["pairs"].pop("source"), "Data set 'pairs' lacks source"),
     (lambda s: s["data"]["documents"].pop("documents"), "Data set 'documents' lacks documents"),
     (lambda s: s["data"]["documents"].update(split="words"), "Data set 'documents': split='words' is unknown"),
-    (lambda s: s["data"]["pairs"].update(read="load_dataset", path="json"), "Data set 'pairs'"),
+    (lambda s: s["data"]["pairs"].update(read="load_dataset", path="no/where"), "Data set 'pairs'"),
 ]
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from .normal_form import normal_form
 from .rows import Judged, contrastive_dataset
-from .sources import Source, check_source, label_names, source_rows, stripped
+from .sources import Source, check_source, label_names, one_label, source_rows, stripped
 
 NEGATIVES = 7  # hard negatives for each query in NV-Embed
 
@@ -138,7 +138,7 @@ def _labelled_texts(source: Source, text: str, label: str, counts: Counter[str])
     spelled: dict[str, str] = {}  # by normal form
     ambiguous = set()
     for where, row in source_rows(source, {text: "text", label: "label"}):
-        example, of = stripped(row[text], where), row[label]
+        example, of = stripped(row[text], where), one_label(row[label], where)
         if of is None:
             raise ValueError(f"{where} has no {label!r}. Fix: dataset.filter(lambda row: row[{label!r}] is not None).")
         known = spelled.setdefault(normal_form(example), example)

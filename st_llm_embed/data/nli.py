@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from .normal_form import normal_form
 from .rows import Judged, contrastive_dataset
-from .sources import Source, check_source, label_names, source_rows, stripped
+from .sources import Source, check_source, label_names, one_label, source_rows, stripped
 
 
 def from_nli(
@@ -51,7 +51,8 @@ def from_nli(
         for where, row in source_rows(source, columns):
             anchor = stripped(row[premise], where)
             group = groups.setdefault(normal_form(anchor), Judged(where, anchor, [], []))
-            value = names.get(row[label], row[label])
+            given = one_label(row[label], where)
+            value = names.get(given, given)
             found.add(value)
             if value == entailment:
                 group.positives.append(row[hypothesis])

@@ -163,6 +163,20 @@ def stripped(text: Any, where: str) -> str:
     return text_or_empty(text, where).strip()
 
 
+def one_label(label: Any, where: str) -> str | int | float | None:
+    """``label``, which is one value.
+
+    Raises:
+        ValueError: naming the row, for a list or an object.
+    """
+    if label is not None and not isinstance(label, str | int | float):
+        raise ValueError(
+            f"{where} has the label {label!r}. A label is text or a number, and a row has one. Fix: choose another "
+            "column, or make a row of each label."
+        )
+    return label
+
+
 def joined(title: str, text: str) -> str:
     """A document as the retrieval benchmarks embed it: the title, a space, the text."""
     return f"{title} {text}".strip()

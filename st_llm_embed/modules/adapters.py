@@ -63,7 +63,10 @@ def find_base(adapter: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]
             f"{ADAPTER_CONFIG} (base_model_name_or_path)."
         )
     if base == OWN_BASE:
-        return adapter, {**where, "subfolder": str(Path(where.get("subfolder") or "", base).as_posix())}
+        subfolder = Path(where.get("subfolder") or "", base)
+        if Path(adapter).is_dir():  # whose subfolders transformers 5.20 passes over
+            return str(Path(adapter, subfolder)), {**where, "subfolder": ""}
+        return adapter, {**where, "subfolder": subfolder.as_posix()}
     return base, {**where, "revision": saved.get("revision"), "subfolder": ""}
 
 

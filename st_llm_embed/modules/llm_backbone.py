@@ -49,8 +49,8 @@ from .text_pooling import pool_text
 
 logger = logging.getLogger(__name__)
 REQUIREMENTS = {
-    "sentence-transformers": {"specifier": ">=6.0", "reason": "the module interface that the saved files use"},
-    "transformers": {"specifier": ">=5.2", "reason": "older versions ignore is_causal=false and attend causally"},
+    "sentence-transformers": {"specifier": ">=6.2", "reason": "the module interface that the saved files use"},
+    "transformers": {"specifier": ">=5.20", "reason": "of older ones it is not known what they make of the saved files"},
 }
 TEXT = "{text}"
 INSTRUCTION_MASKS = ("exact", "nv-embed")
@@ -123,7 +123,6 @@ class LLMBackbone(Transformer):
         self.instruction_mask = instruction_mask
         self.probe = probe
         self._reference: tuple[str, bool] | None = None  # the file, and whether the caller chose another dtype
-        self._part_ids: dict[str, list[int]] = {}
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         set_attention_mode(self.model, attention, self.window, probe)
         self._set_special_tokens()
@@ -166,8 +165,8 @@ class LLMBackbone(Transformer):
         # Told where to look for an adapter of the base's own, lest it finds this one above a base in a subfolder.
         others["adapter_kwargs"] = base_where
         model = load(base, transformer_task, config, backend, False, **others, **base_where)
-        if base == model_name_or_path:
-            model.name_or_path = ""  # the next adapter cannot find it there
+        if base.startswith(model_name_or_path):  # beside it, where the next adapter cannot find it
+            model.name_or_path = ""
         load_adapter(model, model_name_or_path, where, self.num_layers)
         return model
 
@@ -240,7 +239,7 @@ class LLMBackbone(Transformer):
         max_length = merged.get("max_length") or kwargs.get("max_length") or by_task or self.max_seq_length
         if max_length is not None and max_length > LARGE_INTEGER:  # what tokenizers without a maximum have
             max_length = None
-        instruction_length = len(self._tokenize_once(prefix)) if prefix else 0
+        instruction_length = len(self._token_ids(prefix)) if prefix else 0
         around = len(before) + instruction_length + len(suffix_ids) + len(after)
         if max_length is not None and around >= max_length:
             raise ValueError(
@@ -287,7 +286,7 @@ class LLMBackbone(Transformer):
 
     def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int:
         """The host's count: as many tokens as the prompt alone has."""
-        return len(special_ids(self.tokenizer)[0]) + len(self._tokenize_once(prompt))
+        return len(special_ids(self.tokenizer)[0]) + len(self._token_ids(prompt))
 
     def _should_flatten_inputs(self, *args: Any, **kwargs: Any) -> bool:
         """No: ``forward`` drops the padding itself, so that masks and pooling see one form of batch."""
@@ -299,15 +298,13 @@ class LLMBackbone(Transformer):
         Raises:
             ValueError: if there are none.
         """
-        ids = self._tokenize_once(part)
+        ids = self._token_ids(part)
         if not ids:
             raise ValueError(f"The prompt part {part!r} has no tokens. Give it some text.")
         return ids
 
-    def _tokenize_once(self, part: str) -> list[int]:
-        if part not in self._part_ids:
-            self._part_ids[part] = self.tokenizer(part, add_special_tokens=False)["input_ids"]
-        return self._part_ids[part]
+    def _token_ids(self, part: str) -> list[int]:
+        return self.tokenizer(part, add_special_tokens=False)["input_ids"]
 
     def _insert_prefix(self, features: dict[str, Any], prefix_ids: list[int], before: int) -> None:
         """Put the prefix after each row's BOS; both stay out of the pool."""
