@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from st_llm_embed.hub import demand_empty, demand_room, written_beside
+from st_llm_embed.hub.trust import demand_model, files_of
 
 METHODS = ("equal", "slerp")
 # The trainer's state, and what describes the weights of the first only.
@@ -68,10 +69,15 @@ def average_checkpoints(
     files = _common_files(roots)
     demand_room(target, sum((roots[0] / file).stat().st_size for file in files))
     with written_beside(target) as staged:
-        shutil.copytree(roots[0], staged, ignore=shutil.ignore_patterns(*NOT_OF_THE_MODEL, "*.safetensors"))
+        for file in files_of(roots[0]):
+            (staged / file).parent.mkdir(parents=True, exist_ok=True)
+            if file not in files and not any(file.match(pattern) for pattern in NOT_OF_THE_MODEL):
+                shutil.copy(roots[0] / file, staged / file)
         for file in files:
             tensors = [load_file(root / file) for root in roots]
             _check_tensors(roots, file, tensors)
+            for root, here in zip(roots, tensors, strict=True):
+                _demand_numbers(root / file, here)
             averaged = {name: _average([t[name] for t in tensors], weights, method) for name in tensors[0]}
             save_file(averaged, staged / file, {"format": "pt"})
     return target
@@ -80,8 +86,7 @@ def average_checkpoints(
 def _common_files(roots: list[Path]) -> list[Path]:
     """The files of weights, which all sources must have, with the same configuration."""
     for root in roots:
-        if not (root / "modules.json").is_file():
-            raise ValueError(f"{root} is not a folder that sentence-transformers saved: it has no modules.json.")
+        demand_model(root)
         if (root / "adapter_config.json").is_file():
             raise ValueError(
                 f"{root} holds an adapter alone, and the mean of two adapters is not the adapter of the mean. Merge "
@@ -104,6 +109,13 @@ def _check_tensors(roots: list[Path], file: Path, tensors: list[dict[str, Tensor
         shapes = {name: tensor.shape for name, tensor in here.items()}
         if differing := sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name)):
             raise ValueError(f"{roots[0] / file} and {root / file} differ in the tensors {', '.join(differing)}.")
+
+
+def _demand_numbers(file: Path, tensors: dict[str, Tensor]) -> None:
+    if bad := [name for name, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise ValueError(
+            f"{file} has NaN or infinity in {', '.join(sorted(bad)[:5])}, and so would the average. Leave it out."
+        )
 
 
 def _average(tensors: list[Tensor], weights: list[float], method: str) -> Tensor:

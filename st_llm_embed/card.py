@@ -31,6 +31,9 @@ POOLED = {
     "lasttoken": 'last = batch["attention_mask"].cumsum(dim=1).argmax(dim=1)\n'
     "embeddings = states[torch.arange(len(last)), last]",
 }
+# In the host's list of all training arguments: places and names that are this machine's or its owner's.
+PRIVATE_ARGUMENTS = re.compile(r"^- `(hub_\w+|run_name|project|\w+_dir|resume_from_checkpoint)`: .*\n", re.MULTILINE)
+EXAMPLES = ["How do I parse command line arguments?", "argparse parses command lines.", "A cat sat on the mat."]
 PLAIN = """Without sentence-transformers:
 
 ```python
@@ -63,8 +66,10 @@ def inherit_license(model: SentenceTransformer) -> None:
         return
 
 
-def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: bool) -> None:
+def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: bool, samples: bool = False) -> None:
     """Put this package's part and ``section`` into the host's card, and make the card's own snippet one that loads.
+
+    Unless ``samples`` says so, no row of the training data stays in it.
 
     A model that was loaded and not trained brings the card that it had, and keeps it, but for its name, licence and
     languages; unless its metadata cannot be read, which the Hub would refuse.
@@ -84,10 +89,28 @@ def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: 
         details = re.sub(r'(SentenceTransformer\("[^"]+")\)', r"\1, trust_remote_code=True)", details)
     card = model.model_card_data
     stated = {key: value for key in ("language", "license") if (value := getattr(card, key))}
-    file.write_text((head + heading + details).replace(PLACEHOLDER, card.model_id or PLACEHOLDER), encoding="utf-8")
+    text = head + heading + details
+    had = re.search(r'SentenceTransformer\("([^"]+)"', details)  # as the host wrote it
+    for name in {PLACEHOLDER, *(had.groups() if had else ())}:
+        text = text.replace(f'"{name}"', f'"{card.model_id or PLACEHOLDER}"')
+    file.write_text(PRIVATE_ARGUMENTS.sub("", text if samples else without_samples(text)), encoding="utf-8")
     metadata = metadata_load(file) or {}
-    if not stated.items() <= metadata.items():
-        metadata_save(file, {**metadata, **stated})
+    left_out = set() if samples else {"widget"} & metadata.keys()
+    if left_out or not stated.items() <= metadata.items():
+        metadata_save(file, {key: value for key, value in {**metadata, **stated}.items() if key not in left_out})
+
+
+def without_samples(card: str) -> str:
+    """A card without the training texts that sentence-transformers shows: tables of samples, and texts of the usage.
+
+    Its metadata have them too, as ``widget``.
+    """
+    card = re.sub(r"^\* Samples:\n(?:[ |].*\n)+", "", card, flags=re.MULTILINE)
+    texts = {"sentences": EXAMPLES, "queries": EXAMPLES[:1], "documents": EXAMPLES[1:]}
+    for name, shown in texts.items():
+        written = "".join(f"    {text!r},\n" for text in shown)
+        card = re.sub(rf"^{name} = \[\n(?:    .*\n)+?\]$", f"{name} = [\n{written}]", card, flags=re.MULTILINE)
+    return re.sub(r"^# tensor\(.*\n(?:#  .*\n)*", "", card, flags=re.MULTILINE)
 
 
 def record_training(file: Path, stages: list[dict[str, str]], start: Path | None = None) -> None:
@@ -118,15 +141,14 @@ def describe(model: SentenceTransformer, has_code: bool) -> str:
     template = importlib.resources.files("st_llm_embed").joinpath("model_card_template.md").read_text(encoding="utf-8")
     card, config = model.model_card_data, model.transformers_model.config
     text_config = config.get_text_config()
-    settings = model[0].get_config_dict()
-    attention = settings.get("attention") or ("causal" if getattr(config, "is_causal", True) else "bidirectional")
+    attention = attention_mode(model)
     last = model.tokenizer.convert_ids_to_tokens(model.preprocess(["a"])["input_ids"][0].tolist())[-1]
     ends = last in model.tokenizer.all_special_tokens
     recipe, pooling = _pooling(model[1])
     name = card.model_id or PLACEHOLDER
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return template.format(
-        base=card.base_model or Path(config._name_or_path).name or "An LLM",
+        base=card.base_model or _public_name(config._name_or_path) or "An LLM",
         recipe=recipe or f"with {attention} attention",
         llm=f"`{config.model_type}`, {text_config.num_hidden_layers} layers, {parameters:.3g} M parameters in all",
         attention={"causal": "causal: a token sees those before it", "bidirectional": "bidirectional: no causal mask"}[
@@ -144,6 +166,18 @@ def describe(model: SentenceTransformer, has_code: bool) -> str:
         prompts=_prompts(model),
         transformers=_plain_usage(model, name, has_code),
     ).strip()
+
+
+def _public_name(name: str) -> str:
+    """Of a folder of this machine none: what it is called may be nobody's business."""
+    return "" if Path(name).is_absolute() or Path(name).exists() else name
+
+
+def attention_mode(model: SentenceTransformer) -> str:
+    """``bidirectional`` or ``causal``: what the backbone says, or where it is stock, the LLM's configuration."""
+    config = model.transformers_model.config
+    stock = "causal" if getattr(config, "is_causal", True) else "bidirectional"
+    return model[0].get_config_dict().get("attention") or stock
 
 
 def _pooling(module: Any) -> tuple[str, str]:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from st_llm_embed.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Expected errors are one message and exit status 2; Ctrl-C is 130."""
+    """Run the command line.
+
+    Returns:
+        0; for an expected error, one message, 2; for an unexpected one, its traceback, 1; for Ctrl-C 130, for SIGTERM
+        143, both after what was half-written is gone.
+    """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
-    except KeyboardInterrupt:
+        with _terminable():
+            arguments.run(arguments)
+    except KeyboardInterrupt as stop:
         print("st-llm-embed: interrupted; nothing was left half-written.", file=sys.stderr)
-        return 130
+        return 143 if stop.args == (signal.SIGTERM,) else 130
     except Exception as error:
         from pickle import UnpicklingError  # weights that would run code
 
@@ -25,10 +35,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         expected = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, SafetensorError, UnpicklingError)
         if not isinstance(error, expected):
-            raise
+            traceback.print_exc()
+            print(
+                "st-llm-embed: this is a bug of this package. Please report it, with the lines above and the command.",
+                file=sys.stderr,
+            )
+            return 1
         print(f"st-llm-embed: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, with which schedulers end a run, as Ctrl-C."""
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     publish.add_argument("--revision", help="branch to commit to (default: main)")
     publish.add_argument("--license", help="of the model, such as apache-2.0 (default: its base's)")
+    publish.add_argument("--samples", action="store_true", help="leave rows of the training data in the card")
     publish.add_argument("--trust-remote-code", action="store_true", help="run code that this package does not ship")
     publish.set_defaults(run=_publish)
     demo = commands.add_parser(
@@ -225,7 +258,8 @@ def _architectures(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from st_llm_embed.convert import convert_llara, convert_nv_embed
     from st_llm_embed.convert.checkpoint import local_checkpoint
-    from st_llm_embed.hub.folders import demand_empty, read_json
+    from st_llm_embed.hub.folders import demand_empty
+    from st_llm_embed.hub.trust import read_json
 
     demand_empty(Path(arguments.output).resolve())
     nv_embed = read_json(local_checkpoint(arguments.source) / "config.json").get("model_type") == "nvembed"
@@ -331,7 +365,8 @@ def _check(arguments: argparse.Namespace) -> None:
     options = {"trust_remote_code": arguments.trust_remote_code, "device": arguments.device}
     checked = check(arguments.source, arguments.against, revision=arguments.revision, **options)
     for path, size in checked.files.items():
-        print(f"{size:>15,} {path}")
+        # Unprintable characters of a name could imitate the lines below.
+        print(f"{size:>15,} {path if path.isprintable() else ascii(path)}")
     print(f"{sum(checked.files.values()):>15,} bytes in {len(checked.files)} files.")
     print(f"The embeddings are the expected ones: no component differs by more than {checked.difference:.1e}.")
 
@@ -342,7 +377,7 @@ def _publish(arguments: argparse.Namespace) -> None:
     model = load_trusted(arguments.folder, arguments.trust_remote_code)
     if arguments.license:
         model.model_card_data.set_license(arguments.license)
-    names = ("adapter", "private", "exist_ok", "create_pr", "revision")
+    names = ("adapter", "private", "exist_ok", "create_pr", "revision", "samples")
     url = publish(model, arguments.repo_id, **{name: getattr(arguments, name) for name in names})
     print(f"Published: {url}")
 

@@ -7,6 +7,7 @@ number is expected, and a key that comes twice is an error.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import types
 from collections.abc import Callable, Collection, Hashable, Mapping
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+MOST_PARTS = 100_000
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,9 +44,22 @@ def read_yaml(file: Path) -> Any:
         ValueError: naming the line that is not YAML, or whose key is there twice.
     """
     try:
-        return yaml.load(file.read_text(encoding="utf-8-sig"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding="utf-8-sig")
+        if (parts := _expanded(yaml.compose(text, _Loader), {})) > MOST_PARTS:
+            raise ValueError(f"{file} has {parts:.0e} keys and values once its anchors are followed, which none has.")
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from error
+
+
+def _expanded(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """How many keys and values there are where each alias is what it stands for."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # what holds itself
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1.0 + sum(_expanded(part, known) for part in inner)
+    return known[id(node)]
 
 
 def declared(*functions: Callable[..., Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ grown at its end keeps what it had, and nothing else is ever taken for it. In me
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from tqdm.auto import trange
 
 from st_llm_embed.hub import written_beside
 from st_llm_embed.modules.reference import TEXTS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class EmbeddingCache:
             for text in batch:
                 name.update(hashlib.sha256(text.encode()).digest())
             file = self.folder / f"{name.hexdigest()}.npy"
-            if not file.exists():
+            if not _is_whole(file, (len(batch), checked.shape[1])):
                 found = vectors(batch)
                 if not np.isfinite(found).all():
                     bad = batch[int(np.isfinite(found).all(axis=1).argmin())]
@@ -112,3 +115,14 @@ class EmbeddingCache:
                     np.save(staged, found)
             files.append(file)
         return EmbeddingShards(files, self.shard_size, len(rows), checked.shape[1])
+
+
+def _is_whole(file: Path, shape: tuple[int, int]) -> bool:
+    """Is the shard there, and not cut off by a crash or a copy that was broken off?"""
+    if not file.exists():
+        return False
+    try:
+        return np.load(file, mmap_mode="r").shape == shape
+    except (ValueError, OSError, EOFError) as error:
+        logger.warning("%s is computed again, as it is damaged: %s", file, error)
+        return False

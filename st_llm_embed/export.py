@@ -13,7 +13,9 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from st_llm_embed.card import attention_mode
 from st_llm_embed.hub import demand_empty, demand_room, size_of, written_beside
+from st_llm_embed.hub.trust import loading
 from st_llm_embed.merging import has_adapter, merge_adapter
 from st_llm_embed.modules.first_layers import keep_first_layers
 
@@ -41,21 +43,22 @@ def export_causal_lm(
     target = Path(folder).resolve()
     demand_empty(target)
     demand_room(target, size_of(model))
-    backbone = model[0]
-    if backbone.attention != "causal":
+    if (attention := attention_mode(model)) != "causal":
         raise ValueError(
-            f"The model attends in the mode {backbone.attention!r}: its weights are not those of a causal LM. Adapt "
+            f"The model attends in the mode {attention!r}: its weights are not those of a causal LM. Adapt "
             "the LLM with attention='causal'."
         )
     llm = (merge_adapter(model) if has_adapter(model) else model).transformers_model
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=llm.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    with loading(base):
+        # False, for by default transformers asks on standard input.
+        whole = AutoModelForCausalLM.from_pretrained(base, dtype=llm.dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     depth = llm.config.get_text_config().num_hidden_layers
     if depth < whole.config.get_text_config().num_hidden_layers:
         keep_first_layers(whole, depth)
     known = tokenizer.get_vocab()
     tokenizer.add_tokens(
-        [t for _, t in sorted(backbone.tokenizer.added_tokens_decoder.items()) if t.content not in known]
+        [t for _, t in sorted(model.tokenizer.added_tokens_decoder.items()) if t.content not in known]
     )
     rows = llm.get_input_embeddings().num_embeddings
     if rows != whole.get_input_embeddings().num_embeddings:

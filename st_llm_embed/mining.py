@@ -29,13 +29,12 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
-from sentence_transformers.util import load_file_path
 
 from st_llm_embed.data.columns import check_contrastive_columns
 from st_llm_embed.data.corpus import read_corpus
 from st_llm_embed.data.normal_form import normal_form
 from st_llm_embed.embedding_cache import EmbeddingCache, EmbeddingShards
-from st_llm_embed.hub.folders import read_json
+from st_llm_embed.hub.trust import fetch, load_trusted, read_json
 
 BLOCK = 1024  # anchors scored at once
 BINS = np.linspace(-1, 1, 101)  # of the report's histograms
@@ -211,12 +210,13 @@ def load_teacher(source: str, trust_remote_code: bool = False) -> SentenceTransf
     """A model of the Hub or a folder.
 
     Raises:
-        ValueError: if it is another kind of model, which sentence-transformers would give an untrained pooling.
+        ValueError: if it runs code that is not known, or is another kind of model, which sentence-transformers would
+            give an untrained pooling.
     """
+    root = fetch(source)
 
     def saved(name: str) -> dict:
-        file = load_file_path(source, name)
-        return read_json(Path(file)) if file else {}
+        return read_json(root / name) if (root / name).is_file() else {}
 
     kind = saved("config_sentence_transformers.json").get("model_type", "SentenceTransformer")
     heads = [] if saved("modules.json") else saved("config.json").get("architectures") or []
@@ -224,7 +224,7 @@ def load_teacher(source: str, trust_remote_code: bool = False) -> SentenceTransf
         kind = "CrossEncoder"
     if kind != "SentenceTransformer":
         raise _no_teacher(kind)
-    return SentenceTransformer(source, trust_remote_code=trust_remote_code)
+    return load_trusted(root, trust_remote_code)
 
 
 def _check_teacher(teacher: SentenceTransformer) -> None:

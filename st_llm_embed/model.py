@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from st_llm_embed.gguf import unpack_gguf
+from st_llm_embed.hub.trust import demand_data
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling
 from st_llm_embed.modules.adapters import demand_peft
 from st_llm_embed.modules.llm_backbone import drop_text_end
@@ -197,6 +198,8 @@ def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:
     try:
         if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise FileNotFoundError(f"{path} has no config.json")
+        if path.is_dir():
+            demand_data(path, pickles=True)  # of which transformers reads tensors only
         _demand_llm(str(base), arguments.get("model_kwargs") or {})
         return LLMBackbone(str(base), **arguments)
     except OSError as error:

@@ -14,7 +14,7 @@
 
 A data set names its builder in ``st_llm_embed.data`` and that builder's arguments; beside them the settings of its
 ``Task``, unless ``known_task`` knows its name. ``start: FOLDER`` goes on from the weights of a model that such a run
-left, of the same ``model``, and runs that folder's code. Each stage leaves ``output/NUMBER-NAME/model``. A run that
+left, of the same ``model``; no code of that folder runs. Each stage leaves ``output/NUMBER-NAME/model``. A run that
 was killed is started again with the same configuration: finished stages are kept, and the one in between goes on from
 its last checkpoint.
 """
@@ -63,10 +63,9 @@ from st_llm_embed.hub import demand_room, demand_writable, find_damaged, size_of
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import RECIPES, build_model
 from st_llm_embed.modules import LLMBackbone
-from st_llm_embed.quantized import load_saved
 from st_llm_embed.tasks import Task, known_task
-from st_llm_embed.trainer import LLMEmbedTrainer
-from st_llm_embed.training_args import LLMEmbedTrainingArguments
+from st_llm_embed.trainer import LLMEmbedTrainer, load_saved
+from st_llm_embed.training_args import OF_TASKS, LLMEmbedTrainingArguments
 
 logger = logging.getLogger(__name__)
 READERS: dict[str, Callable[..., Any]] = {
@@ -93,6 +92,13 @@ STAGE_KEYS = {"name": str, "data": list, "arguments": dict, "loss": dict}
 ARGUMENTS = declared(LLMEmbedTrainingArguments)
 LOSS_ARGUMENTS = {name: kind for name, kind in declared(PretextLoss).items() if name not in ("model", "lm_head")}
 SET_HERE = ("output_dir", "resume_from_checkpoint")
+SHOWN = (  # in cards
+    *(name for name in OF_TASKS if name != "stage"),
+    *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("warmup_ratio", "warmup_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "optim", "seed"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16", "gradient_checkpointing"),
+)
+TOKENS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 LOCK = ".lock"
 WEIGHTS = ("*.safetensors", "pytorch_model*", "global_step*")  # whole; FSDP's; DeepSpeed's
 WAIT = 10  # seconds; the workers of a killed run outlive it by half of that, and hold its lock
@@ -136,7 +142,7 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
     start = _read_start(settings.get("start"))
     output = Path(settings["output"])
     folders = [output / f"{number}-{stage.name}" for number, stage in enumerate(stages, 1)]
-    text = yaml.safe_dump(dict(given), sort_keys=True)
+    text = yaml.safe_dump(_without_tokens(given), sort_keys=True)
     first_process = int(os.environ.get("RANK", 0)) == 0
     if first_process:
         _demand_ours(output, text)
@@ -287,6 +293,13 @@ def _lock(output: Path) -> FileLock:
     return lock
 
 
+def _without_tokens(given: Any) -> Any:
+    """The configuration as it is written beside its models: others may read it there."""
+    if isinstance(given, Mapping):
+        return {name: _without_tokens(value) for name, value in given.items() if name not in TOKENS}
+    return [_without_tokens(value) for value in given] if isinstance(given, list | tuple) else given
+
+
 def _is_used(name: str, stages: list[Stage]) -> bool:
     return any(name in stage.data for stage in stages)
 
@@ -397,7 +410,8 @@ def _card_row(stage: Stage, data: Mapping[str, Any], arguments: Mapping[str, Any
         rows = data[name][0] if isinstance(data[name], tuple) else data[name]
         sizes[name] = f"{len(rows):,} rows" if isinstance(rows, Dataset) else "a stream"
     kind = stage.arguments.get("stage", 1) if isinstance(data[stage.data[0]], tuple) else "pretext (EBAE + EBAR)"
-    settings = {key: value for key, value in {**arguments, **stage.arguments}.items() if key != "stage"}
+    # By name, as an argument may be a token or a path of this machine.
+    settings = {key: value for key, value in {**arguments, **stage.arguments}.items() if key in SHOWN}
     return {
         "": stage.name,
         "stage": str(kind),

@@ -17,6 +17,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.data_collator import BaseDataCollator
+from sentence_transformers.base.modules import Module
+from sentence_transformers.util import fullname
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import Trainer
@@ -25,10 +27,11 @@ from transformers.trainer_utils import TrainOutput
 from st_llm_embed.collator import TaskCollator
 from st_llm_embed.data.columns import check_classes, check_contrastive_columns, check_pretext_columns, text_columns
 from st_llm_embed.hub import publish
+from st_llm_embed.hub.trust import MODULES, demand_data, loading
 from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
 from st_llm_embed.losses.instruction_contrastive import NONE
 from st_llm_embed.losses.length_groups import leaves_out_one_prompt
-from st_llm_embed.quantized import is_quantized, load_saved
+from st_llm_embed.quantized import is_quantized
 from st_llm_embed.sampler import Source, TaskBatchSampler
 from st_llm_embed.sharding import prepare_for_sharding, whole_weights
 from st_llm_embed.tasks import Task, encoding_prompts
@@ -317,8 +320,12 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         # NOTE: transformers 5 calls this on all processes; sentence-transformers 6.2 believes that it is on the first
         # alone, and they would write the same files at once.
         if self.args.should_save:
-            with whole_weights(self.model, state_dict if self.is_fsdp_enabled else {}):
-                super()._save(output_dir, state_dict)
+            token, self.args.hub_token = self.args.hub_token, None  # the arguments are saved too
+            try:
+                with whole_weights(self.model, state_dict if self.is_fsdp_enabled else {}):
+                    super()._save(output_dir, state_dict)
+            finally:
+                self.args.hub_token = token
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         # NOTE: sentence-transformers 6.2 takes no model, which transformers gives under FSDP, and loads no shards.
@@ -390,3 +397,29 @@ def _contrastive_loss(loss: nn.Module) -> InstructionContrastiveLoss | None:
 def _own_copy(args: LLMEmbedTrainingArguments | None) -> LLMEmbedTrainingArguments:
     """Arguments to set the prompts of: the caller's stay as they are."""
     return copy.copy(args) if args else LLMEmbedTrainingArguments(output_dir="tmp_trainer")
+
+
+def load_saved(model: SentenceTransformer, folder: str | Path) -> None:
+    """Load the weights and prompts of a folder that ``model`` was saved to, and run no code of that folder.
+
+    Raises:
+        ValueError: if the folder does not hold data alone, or cannot be loaded.
+        RuntimeError: if its weights are not the model's, but for what is frozen in a quantized one.
+    """
+    demand_data(Path(folder))
+    own = {fullname(module): type(module) for module in model.modules() if isinstance(module, Module)}
+    with loading(folder):
+        saved = SentenceTransformer._load_with_module_classes(str(folder), {**MODULES, **own}, device="cpu")
+    weights = saved.state_dict()
+    if is_quantized(model):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        frozen = {name for name, _ in model.named_parameters()} - trained
+        own = {name: tensor for name, tensor in weights.items() if name not in frozen}
+        missing, unexpected = model.load_state_dict(own, strict=False)
+        if wrong := sorted(trained.intersection(missing)) + unexpected:
+            raise RuntimeError(
+                f"{folder} does not hold the weights of this model: {wrong[:5]} are missing or too many."
+            )
+    else:
+        model.load_state_dict(weights)
+    model.prompts = saved.prompts

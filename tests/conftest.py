@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
+from st_llm_embed.hub import fresh_python
+
 CORPUS = [
     "Instruct: Given a question, retrieve passages that answer it\nQuery: how do I parse command line arguments?",
     "The original sentence: the next sentence: summarize the above passage within eight words",
@@ -73,6 +75,13 @@ def save_llm(folder: Path, config=None, tokenizer: PreTrainedTokenizerFast | Non
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_fresh_python():
+    """All checks of a worker share a process without this package: its start takes ten seconds here."""
+    with fresh_python():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ Accounts are tokens: ``TOKEN`` may write to everything, ``READER`` only read. Sm
 others (``*.safetensors``, ``tokenizer.json``) by git LFS. There is no Xet storage: no answer offers it, and clients
 run with HF_HUB_DISABLE_XET=1.
 
-``server.drop`` maps ``(method, part of a path)`` to a number of times that such a request is broken off in the middle.
+``server.received`` has the bodies of all requests. ``server.drop`` maps ``(method, part of a path)`` to a number of times that such a request is broken off in the middle.
 """
 
 from __future__ import annotations
@@ -200,13 +200,15 @@ class HubHandler(BaseHTTPRequestHandler):
         if self.dropped():
             self.rfile.read(length // 2)
             return self.hang_up()
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(length)
         body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            body = self.rfile.read(length)
+        else:
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
             self.rfile.readline()
-        self.rfile.readline()
+        self.server.received.append(body)
         return body
 
     def answer(self, content, status: int = 200) -> None:
@@ -261,6 +263,7 @@ def hub_server() -> Iterator[ThreadingHTTPServer]:
     """A running Hub; ``server.url`` is its endpoint."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.repositories, server.blobs, server.drop, server.dropped = {}, {}, {}, 0
+    server.received = []
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

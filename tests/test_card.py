@@ -29,7 +29,7 @@ def test_the_card_says_what_the_model_is(llm, recipe):
     text = describe(build_model(llm, recipe), has_code)
     assert all(words in text for words in WORDS[recipe]), text
     assert ("trust_remote_code=True" in text) == has_code and ("AutoModel" in text) != has_code
-    assert "tiny-llama turned into a text-embedding model" in text and "32 dimensions, length 1" in text
+    assert "An LLM turned into a text-embedding model" in text and "32 dimensions, length 1" in text
 
 
 def test_the_licence_is_the_bases_unless_it_is_given(llm, tmp_path):

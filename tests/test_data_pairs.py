@@ -226,5 +226,7 @@ def test_classes_of_a_real_set(shared):
 @pytest.mark.parametrize("read", [from_nli, from_class_examples, from_class_labels])
 def test_a_label_is_one_value(read, label):
     rows = Dataset.from_list([{"text": "a", "sentence1": "a", "sentence2": "b", "label": label}] * 2)
-    with pytest.raises(ValueError, match=r"Row 0 has the label .*A label is text or a number, and a row has one\. Fix"):
+    with pytest.raises(
+        ValueError, match=r"Row 0 has the label .*A label is text or a number, and a row has one\. Fix"
+    ):
         read(rows)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 from safetensors.torch import save_file
 from sentence_transformers.base.modules.module import Module
 from torch import Size, Tensor
 from transformers.modeling_utils import load_state_dict
 
-from st_llm_embed.hub.folders import read_json, write_json
+from st_llm_embed.hub.folders import write_json
+from st_llm_embed.hub.trust import fetch, read_json
 
 FILES = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]  # no *.py
 
@@ -28,11 +29,9 @@ def local_checkpoint(source: str | Path) -> Path:
     Raises:
         FileNotFoundError: if it has no config.json.
     """
-    root = Path(source)
-    if not root.is_dir():
-        root = Path(snapshot_download(str(source), allow_patterns=FILES))
-        if not any(root.glob("*.safetensors")):
-            snapshot_download(str(source), allow_patterns="*.bin")
+    root = fetch(source, only=FILES, pickles=True)
+    if not Path(source).is_dir() and not any(root.glob("*.safetensors")):
+        root = fetch(source, only=[*FILES, "*.bin"], pickles=True)
     if not (root / "config.json").is_file():
         raise FileNotFoundError(f"{root} has no config.json. Download the whole repository.")
     return root

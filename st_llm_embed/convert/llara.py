@@ -27,6 +27,7 @@ from st_llm_embed.convert.checkpoint import (
 )
 from st_llm_embed.hub import demand_empty, demand_room, seal, written_beside
 from st_llm_embed.hub.folders import write_json
+from st_llm_embed.hub.trust import loading, read_json, without_code
 from st_llm_embed.model import RECIPES
 from st_llm_embed.modules import LLMBackbone, PromptTokenPooling
 from st_llm_embed.tasks import RELEASE_TOKENS
@@ -72,8 +73,10 @@ def convert_llara(source: str | Path, output: str | Path) -> Path:
     target = Path(output).resolve()
     demand_empty(target)
     root = local_checkpoint(source)
-    config = AutoConfig.from_pretrained(root)
-    tokenizer = AutoTokenizer.from_pretrained(root, padding_side="left")
+    with loading(root):
+        # False, for by default transformers asks on standard input.
+        config = AutoConfig.from_pretrained(root, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(root, padding_side="left", trust_remote_code=False)
     if missing := sorted(set(RELEASE_TOKENS) - set(tokenizer.get_vocab())):
         raise ValueError(
             f"The tokenizer of {root} lacks {', '.join(missing)}, so it is no LLaRA checkpoint. Make one of an "
@@ -90,6 +93,8 @@ def convert_llara(source: str | Path, output: str | Path) -> Path:
         copy_shards(shards, staged, _without_head)
         config.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
+        for name in ("config.json", "tokenizer_config.json"):
+            write_json(staged / name, without_code(read_json(staged / name)))
         recipe = RECIPES["llara-release"]
         write_modules(
             staged,

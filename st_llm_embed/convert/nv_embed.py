@@ -32,7 +32,8 @@ from st_llm_embed.convert.checkpoint import (
     write_modules,
 )
 from st_llm_embed.hub import demand_empty, demand_room, seal, written_beside
-from st_llm_embed.hub.folders import read_json, write_json
+from st_llm_embed.hub.folders import write_json
+from st_llm_embed.hub.trust import load_trusted, loading, read_json, without_code
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone
 
 LICENSE = "cc-by-nc-4.0"
@@ -112,7 +113,7 @@ def load_nv_embed(source: str | Path, **kwargs: Any) -> SentenceTransformer:
     """
     with tempfile.TemporaryDirectory() as folder:
         converted = convert_nv_embed(source, Path(folder) / "model")
-        model = SentenceTransformer(str(converted), trust_remote_code=True, **kwargs)
+        model = load_trusted(converted, **kwargs)
     model.transformers_model.name_or_path = ""  # which no adapter could load: its base is saved with it
     return model
 
@@ -195,11 +196,14 @@ def _copy_tensors(shards: list[Path], backbone: Path, pooling: Path) -> str:
 
 def _save_tokenizer(root: Path, settings: dict[str, Any], folder: Path) -> None:
     """The released tokenizer.json to the letter: AutoTokenizer would replace its normaliser."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(root)
+    with loading(root):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(root)
     tokenizer.padding_side = settings.get("padding_side", "right")
     if settings.get("add_pad_token", True):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    write_json(file, without_code(read_json(file)))
 
 
 def _write_modules(root: Path, folder: Path, settings: dict[str, Any], latent: dict[str, Any]) -> None:

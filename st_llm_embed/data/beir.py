@@ -52,8 +52,14 @@ def from_beir(
         needed = {document for documents in relevant.values() for document in documents}
         if negatives:
             needed.update(document for query in relevant for document in rejected.get(query, ()))
-        texts = {line.id: line.document for line in read_texts(corpus) if line.id in needed}
-        asked = {line.id: line.text for line in read_texts(queries) if line.id in relevant}
+        texts: dict[str, str] = {}
+        for line in read_texts(corpus):
+            if line.id in needed:
+                demand_one_text(corpus, line.id, texts.setdefault(line.id, line.document), line.document)
+        asked: dict[str, str] = {}
+        for line in read_texts(queries):
+            if line.id in relevant:
+                demand_one_text(queries, line.id, asked.setdefault(line.id, line.text), line.text)
         for query, documents in relevant.items():
             against = rejected.get(query, []) if negatives else []
             counted["missing documents"] += sum(document not in texts for document in (*documents, *against))
@@ -95,7 +101,7 @@ class TextLine(NamedTuple):
 
 
 def read_texts(file: str | Path) -> Iterator[TextLine]:
-    """The lines of ``corpus.jsonl`` or ``queries.jsonl``. Of lines with the same id BEIR takes the last.
+    """The lines of ``corpus.jsonl`` or ``queries.jsonl``.
 
     Raises:
         ValueError: naming the file and the line without id or text, or with another value in their place.
@@ -106,6 +112,18 @@ def read_texts(file: str | Path) -> Iterator[TextLine]:
         if not isinstance(row["_id"], str | int):
             raise ValueError(f"{where} has the '_id' {row['_id']!r}. Ids are text or whole numbers.")
         yield TextLine(str(row["_id"]), *(text_or_empty(row.get(part), where) for part in ("title", "text")))
+
+
+def demand_one_text(file: Path, name: str, known: str | None, text: str) -> None:
+    """Check that an id has one text. mteb and BEIR take the last of several: figures for a set that nobody meant.
+
+    Raises:
+        ValueError: naming the id and both texts.
+    """
+    if known not in (None, text):
+        raise ValueError(
+            f"{file} has the id {name!r} for two texts, {known[:60]!r} and {text[:60]!r}. Fix: leave one of them out."
+        )
 
 
 def read_qrels(file: str | Path) -> Iterator[tuple[str, str, float]]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from uuid import uuid4
 
+import datasets
 from datasets import Dataset, Features, Value
+from datasets.fingerprint import get_temporary_cache_files_directory
 
 from .columns import check_text
 from .sources import joined, load_rows, plain_or_gz, text_or_empty
@@ -25,7 +28,8 @@ def load_corpus(source: str) -> Dataset:
 def read_corpus(corpus: Dataset | Sequence[str]) -> Dataset:
     """One column ``text``, each document as the benchmarks embed it: its title, if it has one, a space, its text.
 
-    What was not in memory is not brought there: the result is a file in the cache of the ``datasets`` library.
+    What was not in memory is not brought there: the result is a file of the ``datasets`` library, in its cache or,
+    for what lies outside of that, in a temporary folder.
 
     Raises:
         ValueError: for a corpus without ``text``, naming its columns, or with an empty document, naming its row.
@@ -40,6 +44,7 @@ def read_corpus(corpus: Dataset | Sequence[str]) -> Dataset:
     documents = corpus.with_format(None).select_columns(columns)
     documents = documents.map(
         _documents,
+        cache_file_name=_scratch(documents),
         batched=True,
         with_indices=True,
         remove_columns=columns,
@@ -47,6 +52,16 @@ def read_corpus(corpus: Dataset | Sequence[str]) -> Dataset:
     )
     check_text(documents, "corpus", ["text"])
     return documents
+
+
+def _scratch(documents: Dataset) -> str | None:
+    """Where to write what is made of documents on disk, lest it is written beside them; None for the library's choice,
+    which is right in its own cache and in memory."""
+    cached = Path(datasets.config.HF_DATASETS_CACHE).resolve()
+    homes = [Path(file["filename"]).resolve() for file in documents.cache_files]
+    if all(home.is_relative_to(cached) for home in homes):
+        return None
+    return str(Path(get_temporary_cache_files_directory(), f"{uuid4().hex}.arrow"))
 
 
 def _documents(batch: dict[str, list[str | None]], rows: list[int]) -> dict[str, list[str]]:

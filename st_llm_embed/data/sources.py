@@ -10,13 +10,18 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 Source = Dataset | IterableDataset | str | Path
+# What no honest file comes near.
+LONGEST_LINE = 1 << 25  # bytes
+DENSEST = 200  # bytes of text in a byte of an archive, which has
+UNPACKED = 1 << 30  # at least so many before that is looked at
 
 
 def load_rows(source: str, streaming: bool = False) -> Dataset | IterableDataset:
@@ -28,6 +33,7 @@ def load_rows(source: str, streaming: bool = False) -> Dataset | IterableDataset
     """
     try:
         if Path(source).is_file():
+            demand_lines(source)
             return load_dataset("json", data_files=source, split="train", streaming=streaming)
         if Path(source, "state.json").is_file():
             rows = Dataset.load_from_disk(source)
@@ -53,17 +59,53 @@ def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 text file, plain or ``.gz``, that are not blank, with their numbers from 1.
 
     Raises:
-        ValueError: naming the file and the line, for text that is not UTF-8 or a damaged archive.
+        ValueError: naming the file and the line, for text that is not UTF-8, a damaged archive, or a line or an
+            archive that was made to fill the memory.
     """
-    with undamaged(file), (gzip.open if Path(file).suffix == ".gz" else open)(file, "rb") as handle:
-        # Bytes, as text mode would also break lines at a lone carriage return.
-        for number, raw in enumerate(handle, start=1):
+    # Bytes, as text mode would also break lines at a lone carriage return.
+    with undamaged(file), _opened(file) as handle:
+        read = 0
+        for number in count(1):
+            raw = handle.readline(LONGEST_LINE + 1)
+            read += len(raw)
+            _demand_honest(file, number, len(raw), read)
+            if not raw:
+                return
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise ValueError(f"Line {number} of {file} is not UTF-8 text: {error}.") from error
             if line.strip():
                 yield number, line
+
+
+def demand_lines(file: str | Path) -> None:
+    """Check a text file that another library reads line by line, whatever their length.
+
+    Raises:
+        ValueError: see ``read_lines``; not for text that is not UTF-8.
+    """
+    with undamaged(file), _opened(file) as handle:
+        number, length, read = 1, 0, 0
+        while block := handle.read(1 << 20):
+            read += len(block)
+            first = block.find(b"\n")
+            _demand_honest(file, number, length + (len(block) if first < 0 else first), read)
+            number += block.count(b"\n")
+            length = length + len(block) if first < 0 else len(block) - block.rfind(b"\n") - 1
+
+
+def _opened(file: str | Path) -> BinaryIO:
+    return (gzip.open if Path(file).suffix == ".gz" else open)(file, "rb")
+
+
+def _demand_honest(file: str | Path, number: int, length: int, read: int) -> None:
+    if length > LONGEST_LINE:
+        raise ValueError(f"Line {number} of {file} is longer than {LONGEST_LINE:,} bytes, which no text is.")
+    if read > UNPACKED and read > DENSEST * Path(file).stat().st_size:
+        raise ValueError(
+            f"{file} unpacks to more than {DENSEST} times its size, which no text does, and would fill the disk."
+        )
 
 
 @contextmanager
@@ -87,7 +129,7 @@ def read_json_lines(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
             if "\\ud" in line or "\\uD" in line:
                 json.dumps(row, ensure_ascii=False).encode()  # half of an escaped surrogate pair is no text
-        except (json.JSONDecodeError, UnicodeEncodeError) as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without an end
             raise ValueError(f"{where} is not JSON: {error}.") from error
         if not isinstance(row, dict):
             raise ValueError(f'{where} is no JSON object such as {{"query": "..."}}: {line[:80]}')

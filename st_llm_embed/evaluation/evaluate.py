@@ -13,7 +13,6 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import mteb
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from mteb.abstasks import AbsTask
 from mteb.results import TaskResult
@@ -21,8 +20,8 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.evaluation.encoder import PromptedEncoder
 from st_llm_embed.evaluation.local_tasks import LocalTask, local_task
-from st_llm_embed.hub.checking import demand_known_code
-from st_llm_embed.hub.folders import PICKLES, demand_writable, has_code, hash_files, left_by_trainer
+from st_llm_embed.hub.folders import demand_writable, hash_files
+from st_llm_embed.hub.trust import fetch, left_by_trainer, load_trusted
 from st_llm_embed.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -160,15 +159,11 @@ def find_tasks(names: Iterable[str | Path], split: str = "test") -> list[AbsTask
 def find_model(source: str | Path, revision: str | None = None) -> tuple[Path, str]:
     """The folder of a model, and what names this state of it: the commit, or a hash of its files, but for its card and
     what a trainer left."""
-    if Path(source).is_dir():
-        files = [
-            file
-            for file in sorted(Path(source).rglob("*"))
-            if file.is_file() and file.name != "README.md" and not left_by_trainer(file)
-        ]
-        return Path(source), hash_files(Path(source), files)
-    root = Path(snapshot_download(str(source), revision=revision, ignore_patterns=[*PICKLES]))
-    return root, root.name
+    root = fetch(source, revision)
+    if not Path(source).is_dir():
+        return root, root.name
+    files = [file for file in sorted(root.rglob("*")) if file.is_file() and not left_by_trainer(file)]
+    return root, hash_files(root, [file for file in files if file.name != "README.md"])
 
 
 def load_model(
@@ -184,16 +179,9 @@ def load_model(
     Raises:
         ValueError: for unknown code, or texts longer than the model takes.
     """
-    code = has_code(root)
-    if code and not trust_remote_code:
-        demand_known_code(root)
     wanted = {"dtype": dtype, "attn_implementation": attn_implementation}
-    model = SentenceTransformer(
-        str(root),
-        device=device,
-        trust_remote_code=code or trust_remote_code,
-        model_kwargs={key: value for key, value in wanted.items() if value},
-    )
+    model_kwargs = {key: value for key, value in wanted.items() if value}
+    model = load_trusted(root, trust_remote_code, device=device, model_kwargs=model_kwargs)
     if max_seq_length is not None:
         llm = model.transformers_model
         positions = None if llm is None else getattr(llm.config.get_text_config(), "max_position_embeddings", None)

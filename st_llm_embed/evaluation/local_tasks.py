@@ -30,7 +30,7 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from st_llm_embed.data.beir import judgements_file, read_qrels, read_texts
+from st_llm_embed.data.beir import demand_one_text, judgements_file, read_qrels, read_texts
 from st_llm_embed.data.normal_form import normal_form
 from st_llm_embed.data.sources import plain_or_gz, read_json_lines
 from st_llm_embed.hub.folders import hash_files
@@ -118,8 +118,8 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
     """A retrieval set in BEIR's layout, with graded judgements.
 
     As in mteb and BEIR, a relevant document that is not in the files counts as not found, a query without a relevant
-    one as 0, and of lines with one id the last; judgements of queries that are not in the files are left out. Where
-    the queries are documents of the corpus under the same id (ArguAna, Quora), a query is no answer to itself.
+    one as 0, and a line that comes again once; judgements of queries that are not in the files are left out. Where the
+    queries are documents of the corpus under the same id (ArguAna, Quora), a query is no answer to itself.
     """
 
     kind = "Retrieval"
@@ -136,9 +136,11 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
         queries: dict[str, str] = {}
         documents_too = set()  # queries
         for line in read_texts(query_file):
+            demand_one_text(query_file, line.id, queries.get(line.id), line.text)
             counts["queries whose id comes again"] += line.id in queries
             queries[line.id] = line.text
         for line in read_texts(corpus_file):
+            demand_one_text(corpus_file, line.id, corpus.get(line.id), line.document)
             counts["documents whose id comes again"] += line.id in corpus
             corpus[line.id] = line.document
             spellings = {normal_form(line.text), normal_form(line.document)} if line.id in queries else ()

@@ -2,42 +2,36 @@
 
 A fresh process that cannot import this package loads it and encodes a few texts under every prompt. The vectors must
 be those of ``reference.json``, which ``save_sealed`` wrote, or of another model.
-
-Code of a repository runs only where its hash is that of a file which this package ships, or where the caller says so.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from sentence_transformers import SentenceTransformer
 
-from st_llm_embed.hub.folders import PICKLES, STOCK, demand_contained, has_code, read_json
+from st_llm_embed.hub import fresh_process
+from st_llm_embed.hub.trust import demand_model, demand_no_code, fetch, read_json
 from st_llm_embed.modules import reference
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import TEXTS, differing_settings, take_reference
 
 REFERENCE = "reference.json"
-FRESH_PROCESS = """
-import sys
-folder, device, trust, hidden, reference, out = sys.argv[1:]
-sys.modules[hidden] = None  # importing it now fails
-import json, runpy
-from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(folder, device=device, trust_remote_code=trust == "trust", local_files_only=True)
-taken = runpy.run_path(reference)["take_reference"](model, json.loads(sys.stdin.read()))
-with open(out, "w", encoding="utf-8") as file:
-    json.dump(taken, file)
-"""
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+PACKAGE = __name__.partition(".")[0]
+# Of an adapter's base: what the loaders read.
+OF_A_BASE = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 class Checked(NamedTuple):
@@ -50,6 +44,88 @@ class Checked(NamedTuple):
 
     difference: float
     files: dict[str, int]
+
+
+class FreshPython:
+    """A Python that cannot import this package. It starts once, which takes seconds, and loads each folder in a fork.
+
+    It sees neither PYTHONPATH nor the working directory, which could bring the package back, and no network.
+    """
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> FreshPython:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None:
+            self.process.communicate()  # at the end of its input it ends
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self.process is None or self.process.poll() is not None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", fresh_process.__file__, PACKAGE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                # Else torch would look for GPUs in a way that none can be used after a fork.
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+            )
+        return self.process
+
+    def take_reference(self, root: Path, texts: Sequence[str], device: str, known: bool) -> dict[str, Any]:
+        """What ``root`` gives for texts.
+
+        Args:
+            root: the folder.
+            texts: to encode.
+            device: to encode on.
+            known: whether all its code is this package's. Then only that is run, and the hosts do not trust the rest.
+
+        Raises:
+            RuntimeError: if it cannot be loaded there.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            if known:
+                published = Path(scratch, "code", "published")
+                published.mkdir(parents=True)
+                for file in root.glob("*.py"):
+                    shutil.copy(file, published)
+            request = {
+                "folder": str(root.resolve()),
+                "device": device,
+                "texts": list(texts),
+                "reference": reference.__file__,
+                "code": str(Path(scratch, "code")) if known else None,
+                "scratch": scratch,
+            }
+            process = self._started()
+            print(json.dumps(request), file=process.stdin, flush=True)
+            status = process.stdout.readline().strip()
+            if status != "0":
+                log = Path(scratch, "log")
+                said = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+                raise RuntimeError(f"{root} does not load in a process without {PACKAGE!r}: {_last_error(said)}")
+            return json.loads(Path(scratch, "taken.json").read_text(encoding="utf-8"))
+
+
+_kept: FreshPython | None = None
+
+
+@contextmanager
+def fresh_python() -> Iterator[FreshPython]:
+    """For many checks: those within share one process, whose start takes most of a check's time."""
+    global _kept
+    if _kept is not None:
+        yield _kept
+        return
+    with FreshPython() as _kept:
+        try:
+            yield _kept
+        finally:
+            _kept = None
 
 
 def check(
@@ -74,25 +150,28 @@ def check(
 
     Raises:
         FileNotFoundError: if it is no model folder, or there is nothing to compare with.
-        ValueError: if it names or links to something outside of it, holds pickles, or has unknown code.
+        ValueError: if it does not hold data alone, has unknown code, or a reference of another form.
         RuntimeError: if it does not load, or a component differs by more than 1e-5 (or, in half precision, by its
             last bit).
     """
-    root = _safe_folder(source, revision, token)
-    if isinstance(against, SentenceTransformer):
-        expected = take_reference(against)
-    elif against is not None:
-        expected = _taken_afresh(_safe_folder(against, None, token), TEXTS, trust_remote_code, device)
-    elif (root / REFERENCE).is_file():
-        expected = read_json(root / REFERENCE)
-    else:
-        raise FileNotFoundError(
-            f"{source} has no {REFERENCE}, so there is nothing to compare it with. save_sealed and publish write one; "
-            "or name another form of the model to compare with (against=)."
-        )
-    found = _taken_afresh(root, expected["texts"], trust_remote_code, device)
+    root, known = _opened(source, revision, token, trust_remote_code)
+    with fresh_python() as python:
+        if isinstance(against, SentenceTransformer):
+            expected = take_reference(against)
+        elif against is not None:
+            other, other_known = _opened(against, None, token, trust_remote_code)
+            expected = python.take_reference(other, TEXTS, device, other_known)
+        elif (root / REFERENCE).is_file():
+            expected = read_reference(root / REFERENCE)
+        else:
+            raise FileNotFoundError(
+                f"{source} has no {REFERENCE}, so there is nothing to compare it with. save_sealed and publish write "
+                "one; or name another form of the model to compare with (against=)."
+            )
+        found = python.take_reference(root, expected["texts"], device, known)
     difference, name = max(_differences(expected, found))
-    tolerance = max(1e-5, torch.finfo(getattr(torch, expected["dtype"])).eps)
+    # By what is there, and not by what the file that is checked says of itself.
+    tolerance = max(1e-5, torch.finfo(getattr(torch, found["dtype"])).eps)
     if not difference <= tolerance:
         causes = differing_settings(expected, found)
         causes |= {"prompts": "others"} if expected["prompts"] != found["prompts"] else {}
@@ -109,103 +188,78 @@ def check(
     return Checked(difference, _files(root))
 
 
-def load_trusted(folder: str | Path, trust_remote_code: bool = False) -> SentenceTransformer:
-    """Load a folder, running its code only if this package ships it, or if told to.
+def read_reference(file: Path) -> dict[str, Any]:
+    """The content of a ``reference.json``.
 
     Raises:
-        FileNotFoundError: if it is no model folder.
-        ValueError: if it names or links to something outside of it, holds pickles, or has unknown code.
+        ValueError: naming the part that is not there or of another form.
     """
-    root = Path(folder)
-    demand_contained(root)
-    if has_code(root) and not trust_remote_code:
-        demand_known_code(root)
-    return SentenceTransformer(str(root), trust_remote_code=has_code(root))
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no JSON object.")
+    texts, embeddings = content.get("texts"), content.get("embeddings")
+    count = len(texts) if isinstance(texts, list) else 0
+    forms = {
+        "texts": count > 0 and all(isinstance(text, str) for text in texts),
+        "prompts": _is_mapping(content.get("prompts"), lambda prompt: isinstance(prompt, str)),
+        "embeddings": _is_mapping(embeddings, lambda rows: _are_vectors(rows, count)),
+        "token_ids": _is_mapping(content.get("token_ids"), _are_numbers),
+        "token_ids_without_prompt": _are_numbers(content.get("token_ids_without_prompt")),
+        "bidirectional": isinstance(content.get("bidirectional"), bool),
+        "dtype": content.get("dtype") in DTYPES,
+        "attn_implementation": isinstance(content.get("attn_implementation"), str),
+        "versions": _is_mapping(content.get("versions"), lambda version: isinstance(version, str)),
+    }
+    if wrong := [name for name, right in forms.items() if not right]:
+        raise ValueError(f"{file} has no {', no '.join(wrong)} of the form that save_sealed writes.")
+    return content
 
 
-def demand_known_code(root: Path) -> None:
-    """Check that whatever code loading ``root`` runs is a file that this package ships.
+def _is_mapping(content: Any, holds: Any) -> bool:
+    return isinstance(content, dict) and bool(content) and all(map(holds, content.values()))
 
-    Raises:
-        ValueError: for other code, or a way to it: code of the LLM, or of the base of an adapter.
-    """
-    shipped = {_hash(file) for file in Path(reference.__file__).parent.glob("*.py")}
-    installed = (STOCK, f"{__name__.partition('.')[0]}.")
-    types = [entry["type"] for entry in read_json(root / "modules.json")]
-    needed = {f"{name.rpartition('.')[0]}.py" for name in types if not name.startswith(installed)}
-    needed |= {file.name for file in root.glob("*.py")}
-    unknown = {name for name in needed if not (root / name).is_file() or _hash(root / name) not in shipped}
-    unknown |= _leading_to_code(root)
+
+def _are_numbers(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in content)
+
+
+def _are_vectors(rows: Any, count: int) -> bool:
+    return isinstance(rows, list) and len(rows) == count and all(map(_are_numbers, rows)) and all(rows)
+
+
+def _opened(source: str | Path, revision: str | None, token: str | None, trust: bool) -> tuple[Path, bool]:
+    """A model's folder, and whether all its code is this package's. An adapter's base is downloaded too."""
+    root = fetch(source, revision, token)
+    demand_model(root)
+    unknown = demand_no_code(root, trust)
     if (root / ADAPTER_CONFIG).is_file():
-        base = read_json(root / ADAPTER_CONFIG)["base_model_name_or_path"]
-        unknown |= {f"{base}: {name}" for name in _leading_to_code(_base_folder(root, base))}
-    if unknown:
-        raise ValueError(
-            f"{root} runs code that this version of the package does not ship, by {sorted(unknown)}. Read it; then "
-            "pass trust_remote_code=True (--trust-remote-code) to run it."
-        )
+        saved = read_json(root / ADAPTER_CONFIG)
+        base = saved.get("base_model_name_or_path")
+        if isinstance(base, str) and base != OWN_BASE and not Path(base).exists() and not Path(base).is_absolute():
+            fetch(base, saved.get("revision"), token, only=OF_A_BASE)
+    return root, not unknown
 
 
-def _leading_to_code(llm: Path) -> set[str]:
-    """The files of an LLM's folder that name code of its own."""
-    return {file.name for file in llm.glob("*.json") if '"auto_map"' in file.read_text(encoding="utf-8")}
-
-
-def _base_folder(root: Path, base: str) -> Path:
-    """Where the configuration of an adapter's base is: of one on the Hub, that much is downloaded."""
-    if base == OWN_BASE:
-        return root / base
-    if Path(base).is_dir() or Path(base).is_absolute():
-        return Path(base)
-    revision = read_json(root / ADAPTER_CONFIG).get("revision")
-    return Path(snapshot_download(base, revision=revision, allow_patterns="*.json"))
-
-
-def _hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _safe_folder(source: str | Path, revision: str | None, token: str | None) -> Path:
-    if Path(source).is_dir():
-        demand_contained(Path(source))
-        return Path(source)
-    root = Path(snapshot_download(str(source), revision=revision, token=token, ignore_patterns=[*PICKLES]))
-    demand_contained(root, within=root.parents[1])  # the cache holds links into its blobs
-    return root
-
-
-def _taken_afresh(root: Path, texts: list[str], trust_remote_code: bool, device: str) -> dict[str, Any]:
-    """``take_reference`` of a folder in a process without this package."""
-    if has_code(root) and not trust_remote_code:
-        demand_known_code(root)
-    with tempfile.TemporaryDirectory() as temporary:
-        out = Path(temporary) / "taken.json"
-        hidden = __name__.partition(".")[0]
-        trust = "trust" if has_code(root) else "stock"
-        arguments = [str(root), device, trust, hidden, reference.__file__, str(out)]
-        process = subprocess.run(
-            # -I: neither PYTHONPATH nor the working directory can bring the package back.
-            [sys.executable, "-I", "-c", FRESH_PROCESS, *arguments],
-            input=json.dumps(list(texts)),
-            capture_output=True,
-            text=True,
-            # Module code is cached by folder name: a cache of its own, so that no older copy answers.
-            env={**os.environ, "HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1"},
-        )
-        if process.returncode:
-            raise RuntimeError(f"{root} does not load in a process without {hidden!r}:\n{process.stderr[-2000:]}")
-        return json.loads(out.read_text(encoding="utf-8"))
+def _last_error(log: str) -> str:
+    """The message of the last error in what a process printed, without the places that it came through."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    starts = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
+    if not starts:
+        return "\n".join(lines[-5:]) or "it ended without a word"
+    after = [line for line in lines[starts[-1] + 1 :] if not line.startswith(" ")]
+    return "\n".join(after)[:2000]
 
 
 def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[tuple[float, str]]:
     """The largest difference under each prompt; infinite for a prompt that is gone."""
     differences = []
     for name, vectors in expected["embeddings"].items():
-        vectors, here = torch.tensor(vectors), torch.tensor(found["embeddings"].get(name, []))
-        if here.shape == vectors.shape:
-            differences.append(((here - vectors).abs().max().nan_to_num(torch.inf).item(), name))
+        here = found["embeddings"].get(name, [])
+        if [len(row) for row in here] == [len(row) for row in vectors]:
+            apart = (torch.tensor(here) - torch.tensor(vectors)).abs().max().item()
+            differences.append((math.inf if math.isnan(apart) else apart, name))
         else:
-            differences.append((torch.inf, name))
+            differences.append((math.inf, name))
     return differences
 
 

@@ -1,7 +1,4 @@
-"""Model folders: written beside their target and renamed, read with suspicion.
-
-A folder from elsewhere is data. Nothing it names may lie outside it, and none of its files may run code when read.
-"""
+"""Folders: tried before the work, written beside their target and renamed; and what a crash left of one."""
 
 from __future__ import annotations
 
@@ -13,22 +10,13 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 
-STOCK = "sentence_transformers."
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")  # reading them may run code
-# What a trainer leaves beside a model, and what loading the model never reads.
-LEFT_BY_TRAINERS = (
-    "training_args.bin",
-    "optimizer.pt",
-    "optimizer.bin",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
-)
+from st_llm_embed.hub.trust import PICKLES, read_json
 
 
 def demand_empty(folder: Path) -> None:
@@ -139,58 +127,6 @@ def find_damaged(folder: Path) -> list[str]:
     return damaged
 
 
-def demand_contained(root: Path, within: Path | None = None) -> None:
-    """Check that a model folder is one, that all it names lies in it, and that none of its files is a pickle, but for
-    those of a trainer, which nothing may name.
-
-    Args:
-        root: the folder.
-        within: where its links may lead: the Hub's cache, whose folders are links. Default: ``root``.
-
-    Raises:
-        FileNotFoundError: if it has no modules.json.
-        ValueError: for a path, a link or an index that leads out of it, a class name that is none, or a pickle.
-    """
-    if not (root / "modules.json").is_file():
-        raise FileNotFoundError(f"{root} is not a folder that sentence-transformers saved: it has no modules.json.")
-    home = (within or root).resolve()
-    if links := sorted(str(file) for file in root.rglob("*") if not file.resolve().is_relative_to(home)):
-        raise ValueError(f"{root} has links that lead out of it: {links}. Copy what they point to in their place.")
-    found = {file for pattern in PICKLES for file in root.rglob(pattern) if not left_by_trainer(file)}
-    # An index of pickled weights may name any file.
-    if pickles := sorted(map(str, found.union(root.rglob("*.bin.index.json")))):
-        raise ValueError(
-            f"{root} holds {pickles}, which may run code when read, and which no model needs. Weights belong into "
-            "safetensors files."
-        )
-    for entry in read_json(root / "modules.json"):
-        _demand_inside(root, "modules.json", entry["path"])
-        if not all(part.isidentifier() for part in entry["type"].split(".")):
-            raise ValueError(f"{root / 'modules.json'} names {entry['type']!r}, which is not a class.")
-    for index in root.rglob("*.safetensors.index.json"):
-        for name in set(read_json(index)["weight_map"].values()):
-            _demand_inside(root, index.name, name)
-            if not name.endswith(".safetensors"):
-                raise ValueError(f"{index} names {name!r}. Weights belong into safetensors files.")
-
-
-def left_by_trainer(file: Path) -> bool:
-    """Is ``file`` a pickle that a trainer left beside a model?"""
-    return any(file.match(name) for name in LEFT_BY_TRAINERS)
-
-
-def _demand_inside(root: Path, file: str, path: str) -> None:
-    posix, windows = PurePosixPath(path), PureWindowsPath(path)
-    if posix.is_absolute() or windows.is_absolute() or ".." in (*posix.parts, *windows.parts):
-        raise ValueError(f"{root / file} names {path!r}, which is outside of the folder.")
-
-
-def has_code(root: Path) -> bool:
-    """Does loading this folder run module code of its own? One without modules.json gets the host's."""
-    file = root / "modules.json"
-    return file.is_file() and any(not entry["type"].startswith(STOCK) for entry in read_json(file))
-
-
 def hash_files(root: Path, files: Iterable[Path]) -> str:
     """Sixteen digits that name this state of some files in ``root``, by their paths and contents."""
     hashed = hashlib.sha256()
@@ -202,9 +138,5 @@ def hash_files(root: Path, files: Iterable[Path]) -> str:
     return hashed.hexdigest()[:16]
 
 
-def read_json(file: Path) -> dict | list:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def write_json(file: Path, content: dict | list) -> None:
+def write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ Nothing reaches its target that failed on the way there.
 
 from __future__ import annotations
 
+import glob
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -14,24 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, metadata_load
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.card import finish_card, inherit_license
 from st_llm_embed.hub.checking import REFERENCE, check
-from st_llm_embed.hub.folders import (
-    PICKLES,
-    demand_contained,
-    demand_empty,
-    demand_room,
-    has_code,
-    read_json,
-    size_of,
-    write_json,
-    written_beside,
-)
+from st_llm_embed.hub.folders import demand_empty, demand_room, size_of, write_json, written_beside
 from st_llm_embed.hub.sealing import seal
+from st_llm_embed.hub.trust import demand_model, files_of, has_code, read_json
 from st_llm_embed.merging import has_adapter, merge_adapter
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import take_reference
@@ -39,9 +36,17 @@ from st_llm_embed.modules.reference import take_reference
 logger = logging.getLogger(__name__)
 ADAPTERS = ("merge", "only")
 FILE_LIMIT = 50_000_000_000  # bytes; what the Hub takes in one file
+# What a sealed folder holds. Anything else in it came there otherwise, and may be nobody's business.
+UPLOADED = (
+    *("*.json", "*.safetensors", "*.py", "*.jinja", "README.md", "LICENSE*", "NOTICE*"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "merges.txt"),
+)
+NOT_UPLOADED = ("trainer_state.json",)
 
 
-def save_sealed(model: SentenceTransformer, folder: str | Path, card_section: str = "") -> Path:
+def save_sealed(
+    model: SentenceTransformer, folder: str | Path, card_section: str = "", *, samples: bool = False
+) -> Path:
     """Write ``model`` as a folder that loads without this package, checked by loading it so.
 
     Everything happens in a temporary folder beside the target, which is renamed at the end: an error or an
@@ -51,6 +56,8 @@ def save_sealed(model: SentenceTransformer, folder: str | Path, card_section: st
         model: the model to write.
         folder: must not exist, or be empty.
         card_section: Markdown for the model card, after what the package itself says of the model.
+        samples: leave the rows of the training data that sentence-transformers shows in the card. What is published
+            cannot be taken back, so by default they are left out.
 
     Returns:
         The folder.
@@ -70,7 +77,7 @@ def save_sealed(model: SentenceTransformer, folder: str | Path, card_section: st
         model.save_pretrained(str(staged))
         seal(staged)
         write_json(staged / REFERENCE, take_reference(model))
-        finish_card(staged / "README.md", model, card_section, has_code(staged))
+        finish_card(staged / "README.md", model, card_section, has_code(staged), samples)
         check(staged, trust_remote_code=True, device=str(model.device))
     return target
 
@@ -87,6 +94,7 @@ def publish(
     token: str | None = None,
     commit_message: str = "Add text-embedding model",
     card_section: str = "",
+    samples: bool = False,
 ) -> str:
     """Push ``model`` to the Hugging Face Hub, sealed and checked, so that it loads on machines without this package.
 
@@ -102,6 +110,7 @@ def publish(
         token: Hub token. Default: the one saved by ``hf auth login``.
         commit_message: of the commit.
         card_section: Markdown for the model card, after what the package itself says of the model.
+        samples: see ``save_sealed``.
 
     Returns:
         The URL of the commit, or of the pull request.
@@ -124,12 +133,12 @@ def publish(
         for config in model.transformers_model.peft_config.values():
             _demand_reachable(config.base_model_name_or_path)
     if not (exist_ok or create_pr):
-        _demand_free(HfApi(token=token), repo_id)  # before the work, not only after it
+        _demand_free(HfApi(token=token), repo_id, revision)  # before the work, not only after it
     if adapter == "merge":
         model = merge_adapter(model)
     model.model_card_data.set_model_id(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = save_sealed(model, Path(temporary) / repo_id.rpartition("/")[2], card_section)
+        folder = save_sealed(model, Path(temporary) / repo_id.rpartition("/")[2], card_section, samples=samples)
         if "license" not in (metadata_load(folder / "README.md") or {}):
             logger.warning(
                 f"The card of {repo_id!r} names no licence, so nobody may use the model. Add "
@@ -153,13 +162,16 @@ def upload(
 ) -> str:
     """Upload a folder that ``save_sealed`` wrote and checked, in one commit: a repository never holds half of it.
 
+    What does not belong to a model, such as hidden files, checkpoints and notes, stays, and is named.
+
     Args and errors are those of ``publish``.
     """
-    demand_contained(Path(folder))
+    demand_model(Path(folder))
     demand_uploadable(Path(folder))
+    paths = _uploaded(Path(folder))
     hub = HfApi(token=token)
     if not (exist_ok or create_pr):
-        _demand_free(hub, repo_id)
+        _demand_free(hub, repo_id, revision)
     with _upload_errors(repo_id):
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
@@ -170,10 +182,22 @@ def upload(
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message,
-            ignore_patterns=[*PICKLES],  # what a trainer left
+            allow_patterns=[glob.escape(path) for path in paths],
             delete_patterns="*",  # an adapter or a shard of an earlier version would be loaded along
         )
     return commit.pr_url if create_pr else commit.commit_url
+
+
+def _uploaded(folder: Path) -> list[str]:
+    files = files_of(folder)
+    sent = [
+        file
+        for file in files
+        if any(file.match(pattern) for pattern in UPLOADED) and not any(file.match(name) for name in NOT_UPLOADED)
+    ]
+    if left := sorted({str(file.parts[0]) for file in files if file not in sent}):
+        logger.warning(f"Of {folder} these stay, as no part of a model: {', '.join(map(repr, left))}.")
+    return [file.as_posix() for file in sent]
 
 
 def demand_uploadable(folder: Path) -> None:
@@ -225,19 +249,22 @@ def _demand_choice(model: SentenceTransformer, adapter: str | None) -> None:
         raise ValueError(f"adapter={adapter!r}, but the model has no adapter. Leave it out.")
 
 
-def _demand_free(hub: HfApi, repo_id: str) -> None:
-    """An empty repository is free: an upload that was broken off leaves one."""
+def _demand_free(hub: HfApi, repo_id: str, revision: str | None) -> None:
+    """An empty repository is free: an upload that was broken off leaves one. So is a branch that is not there yet."""
     with _upload_errors(repo_id):
         try:
-            held = set(hub.list_repo_files(repo_id)) - {".gitattributes"}
+            held = set(hub.list_repo_files(repo_id, revision=revision)) - {".gitattributes"}
+        except RevisionNotFoundError:
+            return
         except RepositoryNotFoundError as error:
             if error.response.status_code == 401:  # also what a wrong token gets
                 raise
             return
     if held:
+        place = f" on the branch {revision!r}" if revision else ""
         raise FileExistsError(
-            f"The repository {repo_id!r} exists and holds {len(held)} files. Choose another name; or replace them "
-            "with exist_ok=True (--exist-ok), or propose it with create_pr=True (--create-pr)."
+            f"The repository {repo_id!r} exists and holds {len(held)} files{place}. Choose another name; or replace "
+            "them with exist_ok=True (--exist-ok), or propose it with create_pr=True (--create-pr)."
         )
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from st_llm_embed.hub.folders import STOCK, demand_contained, read_json, write_json
+from st_llm_embed.hub.folders import write_json
+from st_llm_embed.hub.trust import STOCK, demand_model, read_json
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG
 from st_llm_embed.modules.llm_backbone import REQUIREMENTS
 
@@ -58,7 +59,7 @@ def seal(folder: str | Path) -> None:
             f"{root} is a trainer's checkpoint. Sealed, it could not be resumed from, nor reloaded as the best one at "
             "the end: the trainer finds it by its classes' names. Load it, and write it by save_sealed(model, folder)."
         )
-    demand_contained(root)
+    demand_model(root)
     modules = read_json(root / "modules.json")
     if _is_stock_in_effect(root, modules):
         modules[0]["type"] = STOCK_BACKBONE

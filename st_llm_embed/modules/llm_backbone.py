@@ -31,7 +31,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -50,7 +50,10 @@ from .text_pooling import pool_text
 logger = logging.getLogger(__name__)
 REQUIREMENTS = {
     "sentence-transformers": {"specifier": ">=6.2", "reason": "the module interface that the saved files use"},
-    "transformers": {"specifier": ">=5.20", "reason": "of older ones it is not known what they make of the saved files"},
+    "transformers": {
+        "specifier": ">=5.20",
+        "reason": "what older versions make of the saved files was not tried",
+    },
 }
 TEXT = "{text}"
 INSTRUCTION_MASKS = ("exact", "nv-embed")
@@ -115,6 +118,9 @@ class LLMBackbone(Transformer):
             )
         if add_eos not in (True, False, "nv-embed"):
             raise ValueError(f"add_eos={add_eos!r} is unknown. Valid values: True, False, 'nv-embed'.")
+        for loader in ("model_kwargs", "processor_kwargs", "config_kwargs"):
+            # By default transformers asks on standard input.
+            kwargs[loader] = {"trust_remote_code": False, **(kwargs.get(loader) or {})}
         self.num_layers = num_layers  # before the LLM is loaded, which is cut before it gets an adapter
         super().__init__(model_name_or_path, **kwargs)
         self.attention = attention
@@ -126,6 +132,7 @@ class LLMBackbone(Transformer):
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         set_attention_mode(self.model, attention, self.window, probe)
         self._set_special_tokens()
+        self._forget_unused_code()
         if (base := self.model.name_or_path) and Path(base).is_dir():
             self.model.name_or_path = str(Path(base).resolve())  # an adapter shall find it from anywhere
 
@@ -138,6 +145,10 @@ class LLMBackbone(Transformer):
             return super()._load_config(model_name_or_path, backend, config_kwargs)
         demand_peft()
         base, base_where = find_base(model_name_or_path, where)
+        # Consent to an adapter's code is none to its base's, which was not run where transformers knows the type.
+        settings, _ = PretrainedConfig.get_config_dict(base, **base_where)
+        if settings.get("model_type") in CONFIG_MAPPING:
+            others["trust_remote_code"] = False
         return AutoConfig.from_pretrained(base, **others, **base_where), True
 
     def _load_model(
@@ -164,11 +175,24 @@ class LLMBackbone(Transformer):
         # NOTE: of an adapter, sentence-transformers 6.2 drops the revision, and transformers then takes main's.
         # Told where to look for an adapter of the base's own, lest it finds this one above a base in a subfolder.
         others["adapter_kwargs"] = base_where
+        if _is_of_transformers(config):
+            others["trust_remote_code"] = False
         model = load(base, transformer_task, config, backend, False, **others, **base_where)
         if base.startswith(model_name_or_path):  # beside it, where the next adapter cannot find it
             model.name_or_path = ""
         load_adapter(model, model_name_or_path, where, self.num_layers)
         return model
+
+    def _forget_unused_code(self) -> None:
+        """Drop ``auto_map`` where transformers' own classes did the work: who loads what is saved from this one would
+        run it."""
+        if _is_of_transformers(self.model):
+            configs = [self.model.config]
+            for config in configs:  # which grows
+                vars(config).pop("auto_map", None)
+                configs += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+        if _is_of_transformers(self.tokenizer):
+            self.tokenizer.init_kwargs.pop("auto_map", None)
 
     def _set_special_tokens(self) -> None:
         """Pad with something, and append EOS by the tokenizer itself, so that stock modules reload it too."""
@@ -447,6 +471,10 @@ class LLMBackbone(Transformer):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("Transformer", type(self).__name__, 1)
+
+
+def _is_of_transformers(thing: Any) -> bool:
+    return type(thing).__module__.startswith("transformers.")
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
