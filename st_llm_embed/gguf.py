@@ -6,12 +6,15 @@ rebuilt from its config and its de-quantised float32 weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from st_llm_embed.modules.first_layers import keep_first_layers
+from st_llm_embed.modules.first_layers import demand_depth, keep_first_layers
 
 
 def unpack_gguf(file: Path, folder: Path, num_layers: int | None = None) -> None:
@@ -25,11 +28,15 @@ def unpack_gguf(file: Path, folder: Path, num_layers: int | None = None) -> None
     Raises:
         FileNotFoundError: if ``file`` does not exist.
         ImportError: if the ``gguf`` package is missing.
+        ValueError: if ``num_layers`` is outside 1..depth.
     """
     if not file.is_file():
         raise FileNotFoundError(f"There is no GGUF file at {file}.")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with _parsed_once():
+        if num_layers is not None:
+            demand_depth(AutoConfig.from_pretrained(file.parent, gguf_file=file.name), num_layers)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     del quantised.config.quantization_config
     quantised.config._name_or_path = file.stem
     if num_layers is not None:
@@ -40,3 +47,23 @@ def unpack_gguf(file: Path, folder: Path, num_layers: int | None = None) -> None
     model.tie_weights()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """One reader of a file for all who ask.
+
+    NOTE: transformers 5.23 reads a file's vocabulary, word by word in Python, for the configuration, the tokenizer and
+    the model, which takes most of the time.
+    """
+    try:
+        import gguf
+    except ImportError:  # which the loaders explain
+        yield
+        return
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader

@@ -4,7 +4,8 @@ Accounts are tokens: ``TOKEN`` may write to everything, ``READER`` only read. Sm
 others (``*.safetensors``, ``tokenizer.json``) by git LFS. There is no Xet storage: no answer offers it, and clients
 run with HF_HUB_DISABLE_XET=1.
 
-``server.received`` has the bodies of all requests. ``server.drop`` maps ``(method, part of a path)`` to a number of times that such a request is broken off in the middle.
+``server.received`` has the bodies of all requests. ``server.drop`` maps ``(method, part of a path)`` to a number of
+times that such a request is broken off in the middle.
 """
 
 from __future__ import annotations

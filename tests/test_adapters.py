@@ -254,6 +254,7 @@ def test_the_precision_is_kept(llm, tmp_path, chosen):
     assert_same(again, model.encode(TEXTS))
 
 
+@pytest.mark.slow
 def test_a_base_that_is_lost_is_saved_too(tmp_path):
     """A GGUF file's name and a temporary folder find nothing; a second save and an adapter on what was loaded do."""
     gguf = train(build_model(bundled_llm(), "nv-embed", lora=True, num_layers=1, max_seq_length=32, num_latents=4))

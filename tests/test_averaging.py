@@ -97,13 +97,15 @@ def test_models_that_are_not_one_are_refused(checkpoints, tmp_path):
             (other_config, "differ in config.json: they are not checkpoints of one model"),
             (other_tensor, r"differ in the tensors norm\.weight"),
             (fewer_files, "has the weights"),
-            (lambda folder: (folder / "adapter_config.json").touch(), "Merge each into its LLM first"),
-            (lambda folder: (folder / "modules.json").unlink(), "it has no modules.json"),
+            (lambda folder: (folder / "adapter_config.json").write_text("{}"), "Merge each into its LLM first"),
         )
     ):
         with pytest.raises(ValueError, match=message):
             average_checkpoints([checkpoints[0], changed(f"changed-{i}", change)], tmp_path / "out")
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    with pytest.raises(FileNotFoundError, match="it has no modules.json"):
+        bare = changed("bare", lambda folder: (folder / "modules.json").unlink())
+        average_checkpoints([checkpoints[0], bare], tmp_path / "out")
     with pytest.raises(ValueError, match="two checkpoints or more, got 1"):
         average_checkpoints(checkpoints[:1], tmp_path / "out")
     with pytest.raises(ValueError, match="method='mean' is unknown. Valid methods: equal, slerp"):

@@ -45,12 +45,14 @@ def test_the_bundled_llm_survives_its_journey_from_gguf(tmp_path):
     from transformers import AutoModelForCausalLM
 
     from st_llm_embed import build_model
+    from st_llm_embed.gguf import _parsed_once
 
     file = bundled_llm()
-    ours = build_model(file, "last-token", num_layers=2)
+    with _parsed_once():
+        ours = build_model(file, "last-token", num_layers=2)
+        original = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     assert ours[0].config.num_hidden_layers == 2
     ids = torch.tensor([[19556, 905, 2]])
-    original = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     with torch.no_grad():
         expected = original.model.norm(original(ids, output_hidden_states=True).hidden_states[2])
         torch.testing.assert_close(ours[0].model(ids).last_hidden_state, expected, atol=1e-4, rtol=1e-4)

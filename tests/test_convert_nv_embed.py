@@ -206,7 +206,7 @@ def test_checkpoints_that_do_not_fit_are_refused_before_anything_is_written(tmp_
         (sizeless, ValueError, "has no text_config with the LLM's sizes"),
         (half, FileNotFoundError, r"lacks \['model-00002-of-00003.safetensors'\]. Finish the download"),
         (pickled, pickle.UnpicklingError, "Weights only load failed"),
-        (escaping, ValueError, "names files outside its folder"),
+        (escaping, ValueError, "is outside of the folder"),
     ):
         with pytest.raises(error, match=message):
             convert_nv_embed(source, tmp_path / "out")

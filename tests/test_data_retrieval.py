@@ -467,11 +467,15 @@ def test_a_judgement_that_is_no_number_is_named(tmp_path, score):
 
 
 def test_beir_files_are_read_as_beir_reads_them(tmp_path):
-    """Whole numbers for ids, the last of two lines with one id, no title of a query, judgements in .gz."""
-    write(tmp_path / "corpus.jsonl", json_lines([{"_id": 1, "text": "old"}, {"_id": 1, "title": "T", "text": "new"}]))
+    """Whole numbers for ids, a line that comes again, no title of a query, judgements in .gz."""
+    write(tmp_path / "corpus.jsonl", json_lines([{"_id": 1, "title": "T", "text": "new"}] * 2))
     write(tmp_path / "queries.jsonl", json_lines([{"_id": 7, "title": "not read", "text": "q"}]))
     write(tmp_path / "qrels" / "train.tsv.gz", "7\t1\t1\n")
     assert tuples(from_beir(tmp_path)) == [("q", "T new")]
+    write(tmp_path / "corpus.jsonl", json_lines([{"_id": 1, "text": "old"}, {"_id": 1, "title": "T", "text": "new"}]))
+    with pytest.raises(ValueError, match="corpus.jsonl has the id '1' for two texts, 'old' and 'T new'. Fix"):
+        from_beir(tmp_path)
+    write(tmp_path / "corpus.jsonl", json_lines([{"_id": 1, "title": "T", "text": "new"}]))
     for wrong in (None, 1.5, ["1"]):
         write(tmp_path / "queries.jsonl", json_lines([{"_id": wrong, "text": "q"}]))
         with pytest.raises(

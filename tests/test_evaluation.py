@@ -147,9 +147,9 @@ def test_an_odd_retrieval_set_has_the_figure_of_beir(model_folder, tmp_path, suf
     documents = [
         {"_id": i, "title": text(7, i) if i % 2 else None, "text": text(0, i) if i else ""} for i in range(40)
     ]
-    lines(folder / f"corpus.jsonl{suffix}", [*documents, {"_id": 5, "title": "", "text": text(8, 5)}])
+    lines(folder / f"corpus.jsonl{suffix}", [*documents, documents[5]])
     asked = [{"_id": f"q{i}", "title": "not read", "text": text(1, i) if i else ""} for i in range(12)]
-    lines(folder / f"queries.jsonl{suffix}", [*asked, {"_id": "q4", "text": text(8, 4)}])
+    lines(folder / f"queries.jsonl{suffix}", [*asked, asked[4]])
     judged = {f"q{i}": {f"{(7 * i + k) % 40}": 2 - k for k in range(3)} for i in range(8)}
     judged["q0"]["gone"] = 3  # counts as not found
     judged["q8"] = {"1": 0, "2": 0}  # counts as 0
@@ -162,8 +162,8 @@ def test_an_odd_retrieval_set_has_the_figure_of_beir(model_folder, tmp_path, suf
     (folder / "qrels" / f"test.tsv{suffix}").write_bytes(
         gzip.compress(content.encode()) if suffix else content.encode()
     )
-    corpus = {f"{row['_id']}": f"{row['title'] or ''} {row['text']}".strip() for row in documents} | {"5": text(8, 5)}
-    queries = {row["_id"]: row["text"] for row in asked} | {"q4": text(8, 4)}
+    corpus = {f"{row['_id']}": f"{row['title'] or ''} {row['text']}".strip() for row in documents}
+    queries = {row["_id"]: row["text"] for row in asked}
     model = SentenceTransformer(str(model_folder), trust_remote_code=True)
     found = evaluate(model_folder, [folder], tmp_path / "results").results[0].get_score()
     assert found == pytest.approx(beir_ndcg(model, corpus, queries, judged), abs=1e-4)
@@ -174,6 +174,14 @@ def test_an_odd_retrieval_set_has_the_figure_of_beir(model_folder, tmp_path, suf
         nothing = {f"q{i}": {"1": 0, "2": 0} for i in range(9, 12)}
         found = evaluate(model_folder, [folder], tmp_path / "results").results[0].get_score()
         assert found == pytest.approx(beir_ndcg(model, corpus, queries, judged | nothing), abs=1e-4)
+
+
+def test_one_id_for_two_texts_is_refused(tmp_path):
+    folder = make_retrieval(tmp_path / "questions")
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "d7", "text": "another"}\n')
+    with pytest.raises(ValueError, match="corpus.jsonl has the id 'd7' for two texts, .* and 'another'. Fix"):
+        local_task(folder).load_data()
 
 
 @pytest.mark.parametrize("title", ["", "how do I parse"])

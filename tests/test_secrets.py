@@ -28,7 +28,7 @@ assert main(["publish", model, "org/model", *sys.argv[3:]]) == 0
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> dict[str, tuple[list[bytes], Repository, str, dict]]:
-    """What the Hub was sent, by the choice of samples: all bytes, the repository, what was printed, the run's files."""
+    """By the choice of samples: the bytes that the Hub was sent, the repository, what was printed, the run's files."""
     found = {}
     for samples in ([], ["--samples"]):
         root = tmp_path_factory.mktemp("machine-of-somebody")

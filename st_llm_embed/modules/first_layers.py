@@ -32,9 +32,8 @@ def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
         ValueError: if ``num_layers`` is outside 1..depth, or if the cut LLM would be another one after loading.
     """
     config = model.config.get_text_config()
+    demand_depth(config, num_layers)
     depth = config.num_hidden_layers
-    if not 1 <= num_layers <= depth:
-        raise ValueError(f"num_layers={num_layers} is outside 1..{depth}, the depth of {config.model_type!r}.")
     if num_layers < depth:
         try:
             _cut(model, num_layers)
@@ -43,6 +42,18 @@ def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
                 f"{config.model_type!r} cannot be cut to num_layers={num_layers} of its {depth} layers: {error}. "
                 "Choose another num_layers, or another base."
             ) from error
+
+
+def demand_depth(config: PretrainedConfig, num_layers: int) -> None:
+    """
+    Raises:
+        ValueError: if ``num_layers`` is outside 1..depth.
+    """
+    config = config.get_text_config()
+    if not 1 <= num_layers <= config.num_hidden_layers:
+        raise ValueError(
+            f"num_layers={num_layers} is outside 1..{config.num_hidden_layers}, the depth of {config.model_type!r}."
+        )
 
 
 def _cut(model: PreTrainedModel, num_layers: int) -> None:
