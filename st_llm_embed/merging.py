@@ -14,7 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from sentence_transformers import SentenceTransformer
 from torch.nn import Parameter
 
-from st_llm_embed.modules.reference import TEXTS
+from st_llm_embed.modules.reference import TEXTS, whole_float32
 from st_llm_embed.quantized import is_quantized
 
 
@@ -22,6 +22,7 @@ def has_adapter(model: SentenceTransformer) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
+@whole_float32()  # of the products of A and B too
 def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) -> SentenceTransformer:
     """A copy of ``model`` with its active adapters merged into the LLM. ``model`` stays as it is, so both must fit in
     memory.

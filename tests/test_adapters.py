@@ -203,7 +203,10 @@ def test_a_tensor_without_a_place_is_named(llm, tmp_path):
         load(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("base", ["org/base", ""], ids=["base on the Hub", "base beside it"])
+@pytest.mark.parametrize(
+    "base",
+    [pytest.param("org/base", id="base on the Hub"), pytest.param("", id="base beside it", marks=pytest.mark.slow)],
+)
 def test_a_revision_has_its_own_adapter(llm, tmp_path, base):
     """And an adapter's base is of the revision that its file names."""
     expected = {}

@@ -15,6 +15,7 @@ from st_llm_embed.cli import main
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_no_decoder_is_causal_by_accident_and_the_readme_says_so():
     findings = survey(decoder_types())
     modes = [finding.mode for by_implementation in findings.values() for finding in by_implementation.values()]

@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from st_llm_embed.hub import load_trusted, save_sealed
 from st_llm_embed.hub.checking import fresh_python
 
 FOLDERS = int(os.environ.get("FUZZ", "2000"))
+ONLY = [int(number) for number in os.environ.get("FUZZ_ONLY", "").split()]
 PARTS = 8
 SECONDS = 10
 GIGABYTE = 1 << 20  # in the kilobytes of getrusage
@@ -166,18 +168,21 @@ def damage(folder: Path, rng: random.Random, elsewhere: Path) -> str:
 def open_it(folder: Path, scratch: Path) -> tuple[str, str]:
     """What becomes of a folder, in words, and what was printed."""
     said, outcomes = io.StringIO(), []
+    acts = (
+        lambda: main(["check", str(folder)]),
+        lambda: load_trusted(folder, device="cpu").encode(list(TEXTS)),
+        lambda: average_checkpoints([folder, folder], scratch / "average"),
+    )
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        outcomes.append(str(main(["check", str(folder)])))
-        try:
-            load_trusted(folder, device="cpu").encode(list(TEXTS))
-            outcomes.append("0")
-        except (ValueError, OSError, RuntimeError, ImportError):
-            outcomes.append("2")
-        try:
-            average_checkpoints([folder, folder], scratch / "average")
-            outcomes.append("0")
-        except (ValueError, OSError, RuntimeError):
-            outcomes.append("2")
+        for act in acts:
+            try:
+                status = act()
+                outcomes.append(str(status) if isinstance(status, int) else "0")
+            except (ValueError, OSError, RuntimeError, ImportError):
+                outcomes.append("2")
+            except BaseException:
+                traceback.print_exc()
+                outcomes.append("1")
     return " ".join(outcomes), said.getvalue()
 
 
@@ -196,14 +201,14 @@ def sealed(tmp_path_factory, llm) -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_damage(sealed, tmp_path, part):
-    outcomes, slowest, largest = Counter(), 0.0, 0
+    outcomes, slowest, largest, failures = Counter(), 0.0, 0, []
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "evil.py").write_text(EVIL.format(marker=str(elsewhere / "ran")))
     torch.set_num_threads(1)  # a fork has no threads of its parent's
     with fresh_python() as python:
         python.take_reference(sealed[1], ["a"], "cpu", True)  # it starts here, and not in a child
-        for number in range(part, FOLDERS, PARTS):
+        for number in ONLY or range(part, FOLDERS, PARTS):
             rng = random.Random(number)
             folder, scratch = tmp_path / "model", tmp_path / "scratch"
             shutil.copytree(rng.choice(sealed), folder)
@@ -229,17 +234,17 @@ def test_random_damage(sealed, tmp_path, part):
             _, status, usage = os.wait4(child, 0)
             slowest = max(slowest, time.monotonic() - start)
             largest = max(largest, usage.ru_maxrss - before)
-            what = f"folder {number}: {kinds}"
-            assert status == 0 and (scratch / "outcome").is_file(), what
-            outcome, said = (scratch / "outcome").read_text(), (scratch / "said").read_text()
+            outcome = (scratch / "outcome").read_text() if (scratch / "outcome").is_file() else f"status {status}"
+            said = (scratch / "said").read_text() if (scratch / "said").is_file() else ""
             outcomes[outcome] += 1
-            assert "Traceback" not in said and "\x1b" not in said, f"{what}\n{said[-3000:]}"
-            assert not outcome.startswith("1"), f"{what}\n{said[-3000:]}"
-            assert not (elsewhere / "ran").exists(), what
+            ran = (elsewhere / "ran").exists()
+            if status or ran or "1" in outcome or "Traceback" in said or "\x1b" in said:
+                failures.append(f"folder {number}: {kinds}, code ran: {ran}, {outcome}\n{said[-2000:]}")
             shutil.rmtree(folder)
             shutil.rmtree(scratch)
     print(
         f"\n{sum(outcomes.values())} folders; check, load, average: {dict(outcomes)}; slowest {slowest:.1f} s; "
         f"most memory {largest / 1024:.0f} MB"
     )
+    assert not failures, "\n".join(failures)
     assert slowest < SECONDS and largest < GIGABYTE

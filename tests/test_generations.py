@@ -128,9 +128,10 @@ def make(llm: str, recipe: str, form: str) -> SentenceTransformer:
     "cells",
     [
         pytest.param(SAMPLE, id="sample"),
-        pytest.param(REST, id="rest", marks=pytest.mark.slow),
+        pytest.param(REST, id="rest"),
     ],
 )
+@pytest.mark.slow
 def test_three_generations_without_this_package(llm, tmp_path, cells):
     expected, trust = {}, {}
     for recipe, form in cells:

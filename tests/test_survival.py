@@ -169,6 +169,7 @@ def test_max_seq_length_and_padding_side_may_change(model):
     assert hears_the_end(model)
 
 
+@pytest.mark.slow
 def test_encode_in_several_processes(tmp_path):
     model = build_model(build_llm(tmp_path, "stablelm"), "mean").eval()
     torch.testing.assert_close(

@@ -206,7 +206,8 @@ def demand_no_code(root: Path, trust_remote_code: bool) -> bool:
 
 
 def load_trusted(folder: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> SentenceTransformer:
-    """Load a folder, running code of its own only if told to: the classes that this package ships are its own.
+    """Load a folder and encode some words, running code of its own only if told to: the classes that this package ships
+    are its own.
 
     Args:
         folder: one that sentence-transformers saved, or of an LLM.
@@ -218,11 +219,15 @@ def load_trusted(folder: str | Path, trust_remote_code: bool = False, **kwargs: 
     """
     root = Path(folder)
     demand_data(root)
-    if demand_no_code(root, trust_remote_code):
-        with loading(root):
-            return SentenceTransformer(str(root), trust_remote_code=True, **kwargs)
+    unknown = demand_no_code(root, trust_remote_code)
     with loading(root):
-        return SentenceTransformer._load_with_module_classes(str(root), MODULES, **kwargs)
+        if unknown:
+            model = SentenceTransformer(str(root), trust_remote_code=True, **kwargs)
+        else:
+            model = SentenceTransformer._load_with_module_classes(str(root), MODULES, **kwargs)
+        # Much that is wrong in a folder shows here first; of two lengths, for one is padded.
+        model.encode(["word", "and several more words"], show_progress_bar=False)
+    return model
 
 
 @contextmanager

@@ -11,7 +11,8 @@ Saving a model again leaves the file behind, so it never describes weights that 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sentence_transformers
@@ -30,7 +31,7 @@ def take_reference(model: SentenceTransformer, texts: Sequence[str] = TEXTS) -> 
     """Embeddings of ``texts`` under each of the model's prompts (without one, if it has none), and what they depend
     on."""
     texts, prompts = list(texts), {name: prompt or "" for name, prompt in model.prompts.items()} or {"document": ""}
-    with model.truncate_embeddings(None):
+    with model.truncate_embeddings(None), whole_float32():
         embeddings = {
             name: model.encode(texts, prompt=prompt, show_progress_bar=False, convert_to_tensor=True).tolist()
             for name, prompt in prompts.items()
@@ -45,6 +46,20 @@ def take_reference(model: SentenceTransformer, texts: Sequence[str] = TEXTS) -> 
             for name, vectors in embeddings.items()
         },
     }
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Without TF32, which torch.compile's training arguments switch on for the rest of a process: on GPUs it rounds
+    float32 to ten bits within a product."""
+    matmul = torch.backends.cuda.matmul
+    name, whole = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, whole)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 def warn_if_changed(model: SentenceTransformer, stored: dict[str, Any], dtype_chosen: bool) -> None:
