@@ -206,8 +206,8 @@ def demand_no_code(root: Path, trust_remote_code: bool) -> bool:
 
 
 def load_trusted(folder: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> SentenceTransformer:
-    """Load a folder and encode some words, running code of its own only if told to. The classes that this package ships
-    are the installed ones.
+    """Load a folder and encode some words, running code of its own only if told to. The classes that this package
+    ships are the installed ones.
 
     Args:
         folder: one that sentence-transformers saved, or of an LLM.
