@@ -19,6 +19,7 @@ from st_llm_embed.cli import main
 from st_llm_embed.demo import BUNDLED_ID, bundled_llm
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_end_to_end(tmp_path):
     output = tmp_path / "demo"
     assert main(["demo", "--smoke", "--output", str(output)]) == 0
@@ -39,6 +40,7 @@ def test_the_demo_runs_from_end_to_end(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["demo"]
 
 
+@pytest.mark.slow
 def test_the_bundled_llm_survives_its_journey_from_gguf(tmp_path):
     """Its layers cut or not, the rebuilt model is the one that transformers reads."""
     import torch

@@ -117,6 +117,7 @@ def test_equals_the_original(shared, tmp_path, case):
         )
 
 
+@pytest.mark.slow
 def test_its_life_without_this_package(tmp_path):
     """Loaded, fine-tuned by plain sentence-transformers, saved, loaded: each generation has the code it needs."""
     source = checkpoint(tmp_path / "source", shards=3)

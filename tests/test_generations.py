@@ -176,6 +176,7 @@ def test_three_generations_without_this_package(llm, tmp_path, cells):
     assert problems == {}
 
 
+@pytest.mark.slow
 def test_folders_of_older_versions(tmp_path):
     """With the code that they hold, and with what it has become since."""
     folders = [folder for folder in STORED.iterdir() if folder.is_dir()]

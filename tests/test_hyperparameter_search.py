@@ -128,6 +128,7 @@ def test_pretext_trials_project_with_their_own_embeddings(llm, arguments, as_fun
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="optuna is not installed")
+@pytest.mark.slow
 def test_optuna_finds_the_temperature(llm, arguments):
     arguments.eval_strategy, arguments.eval_steps = "steps", 2
     trainer = LLMEmbedTrainer(

@@ -1,0 +1,123 @@
+"""The main job on a GPU against the CPU, on tiny random LLMs: vectors, precisions, training, sealing, adapters.
+
+    python examples/benchmarks/gpu.py
+
+Needs a GPU and no network; about a minute. Prints one line for each step, with its figure.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
+from conftest import TEXTS, save_llm
+
+from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, Task, build_model
+from st_llm_embed.data import consecutive_texts, sentences
+from st_llm_embed.hub import check, fresh_python, save_sealed
+from st_llm_embed.losses import PretextLoss
+from st_llm_embed.merging import merge_adapter
+from st_llm_embed.mining import mine_negatives
+from st_llm_embed.model import RECIPES
+
+OVERRIDES = {"nv-embed": {"num_latents": 16, "num_heads": 2, "head_dim": 32}}
+PAIRS = Dataset.from_dict(
+    {name: [f"{name} {i} cat" for i in range(64)] for name in ("anchor", "positive", "negative")}
+)
+DOCUMENTS = Dataset.from_dict({"text": [f"A cat {i} sat. A dog {i} barked. The moon {i} rose." for i in range(32)]})
+
+
+class Steps:
+    """What a user does, on one tiny LLM."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.llm = root, save_llm(root / "llm", hidden_size=64)
+
+    def build(self, recipe: str, **more: object) -> object:
+        torch.manual_seed(0)
+        return build_model(self.llm, recipe, **OVERRIDES.get(recipe, {}), **more)
+
+    def vectors(self, recipe: str) -> str:
+        model = self.build(recipe)
+        prompts = model.prompts or {"": ""}
+        on_gpu = {name: model.encode(list(TEXTS), prompt=prompt) for name, prompt in prompts.items()}
+        model.to("cpu")
+        apart = max(
+            abs(model.encode(list(TEXTS), prompt=prompts[name]) - vectors).max() for name, vectors in on_gpu.items()
+        )
+        return f"GPU and CPU differ by {apart:.1e} in float32"
+
+    def half(self, recipe: str, dtype: torch.dtype) -> str:
+        model = self.build(recipe)
+        whole = model.encode(list(TEXTS), convert_to_tensor=True)
+        rounded = model.to(dtype).encode(list(TEXTS), convert_to_tensor=True)
+        return f"lowest cosine to float32 {torch.cosine_similarity(whole, rounded.float()).min():.4f}"
+
+    def sealed(self, recipe: str, adapter: bool = False) -> str:
+        model = self.build(recipe)
+        if adapter:
+            model.add_adapter(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        folder = save_sealed(model, self.root / f"{recipe}-{adapter}")
+        return f"check differs by {check(folder, device='cuda').difference:.1e}"
+
+    def train(self, recipe: str, lora: bool = False, pretext: bool = False, **arguments: object) -> str:
+        model = self.build(recipe, lora=lora)
+        quiet = {"report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
+        args = LLMEmbedTrainingArguments(
+            str(self.root / "run"),
+            **{"max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3, **quiet, **arguments},
+        )
+        if pretext:
+            trainer = LLMEmbedTrainer(model, args, consecutive_texts(DOCUMENTS, sentences), loss=PretextLoss(model))
+        else:
+            trainer = LLMEmbedTrainer(model, args, {"t": PAIRS}, tasks=[Task("t", "Find it", negatives=1)])
+        trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        return f"loss {losses[0]:.2f} to {losses[-1]:.2f}"
+
+    def merge(self) -> str:
+        model = self.build("last-token")
+        model.add_adapter(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        return f"merged on {merge_adapter(model).device}"
+
+    def mine(self) -> str:
+        rows, _ = mine_negatives(
+            PAIRS.select_columns(["anchor", "positive"]), self.build("mean"), num_negatives=2, relative_margin=None
+        )
+        return f"{len(rows)} rows"
+
+
+def step(name: str, act: Callable[[], str]) -> None:
+    print(f"{name:44} {act()}", flush=True)
+
+
+def main() -> None:
+    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    with tempfile.TemporaryDirectory() as folder, fresh_python():
+        steps = Steps(Path(folder))
+        for recipe in RECIPES:
+            step(f"vectors, {recipe}", lambda recipe=recipe: steps.vectors(recipe))
+            step(f"sealed, {recipe}", lambda recipe=recipe: steps.sealed(recipe))
+        step("sealed adapter, nv-embed", lambda: steps.sealed("nv-embed", adapter=True))
+        for dtype in (torch.bfloat16, torch.float16):
+            step(f"nv-embed in {dtype}", lambda dtype=dtype: steps.half("nv-embed", dtype))
+        for recipe in ("nv-embed", "llara", "last-token"):
+            for arguments in ({}, {"bf16": True}, {"gradient_checkpointing": True}, {"mini_batch_size": 4}):
+                step(f"train {recipe} {arguments or ''}", lambda r=recipe, a=arguments: steps.train(r, **a))
+        step("train nv-embed, LoRA, bf16", lambda: steps.train("nv-embed", lora=True, bf16=True))
+        for recipe in ("llara", "llara-release"):
+            step(f"pretext {recipe}", lambda recipe=recipe: steps.train(recipe, pretext=True))
+        step("train last-token, torch_compile", lambda: steps.train("last-token", torch_compile=True))
+        step("merge, with TF32 left on by torch_compile", steps.merge)
+        step("mine", steps.mine)
+
+
+if __name__ == "__main__":
+    main()
