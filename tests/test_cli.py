@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_llm
+from peft import LoraConfig
 
-from st_llm_embed import __version__
+from st_llm_embed import __version__, build_model
 from st_llm_embed.cli import main
 from st_llm_embed.demo import BUNDLED_ID, bundled_llm
 
@@ -107,25 +107,40 @@ def test_help_and_version_are_quick_and_true(capsys):
         assert exit_.value.code == 0 and expected in capsys.readouterr().out
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path):
-    base = save_llm(tmp_path / "base")
+def test_what_nobody_expected_says_that_it_is_a_bug(tmp_path, capsys, monkeypatch):
+    def fail(*_: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("st_llm_embed.averaging.average_checkpoints", fail)
+    assert main(["average", "a", "b", "--output", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "KeyError: 'surprise'" in said and "Traceback" in said and "this is a bug of this package" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ids=["SIGTERM", "SIGINT"],
+)
+def test_an_interrupted_run_leaves_nothing(llm, tmp_path, number, status):
+    """Interrupted while what it wrote is checked, beside its place."""
+    model = build_model(llm, "last-token")
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(str(tmp_path / "adapter"))
     work = tmp_path / "work"
     work.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "st_llm_embed", "demo", "--smoke", "--base", base, "--output", "out"],
+        [sys.executable, "-m", "st_llm_embed", "merge", str(tmp_path / "adapter"), "out"],
         cwd=work,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
         # A background shell, as in some CI, starts its children deaf to Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    for line in process.stdout:
-        if line.startswith("== save"):
-            break
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    while process.poll() is None and not list(work.glob(".out-*/out/reference.json")):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert "interrupted; nothing was left half-written" in said and process.returncode == status
     assert list(work.iterdir()) == []

@@ -217,6 +217,26 @@ def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
     assert resumed.to_dict() == expected.to_dict() and report == its_report
 
 
+def test_a_shard_that_was_cut_off_is_computed_again(data, tmp_path, caplog):
+    rows, corpus = data
+    corpus = list(dict.fromkeys(corpus))
+    teacher = make_teacher()
+
+    def mined() -> tuple[dict, int]:
+        teacher.calls = []
+        found, _ = mine_negatives(rows, teacher, corpus, num_negatives=1, shard_size=50, cache_folder=tmp_path)
+        return found.to_dict(), sum(teacher.calls)
+
+    expected, _ = mined()
+    shards = sorted(tmp_path.glob("*.npy"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-7])
+    shards[1].write_bytes(b"")
+    found, encoded = mined()
+    assert found == expected and 0 < encoded <= 100
+    assert caplog.text.count("is computed again, as it is damaged") == 2
+    assert mined() == (expected, 0)
+
+
 def test_what_is_cached_is_taken_for_nothing_else(data, tmp_path):
     rows, corpus = data
     corpus = list(dict.fromkeys(corpus))

@@ -32,7 +32,8 @@ def attempt(name, call):
         results[name] = f"{{type(error).__name__}}: {{error}}"
 attempt("first", lambda: upload(first, "org/model", private=True))
 attempt("again", lambda: upload(second, "org/model"))
-attempt("branch", lambda: upload(second, "org/model", revision="v2", exist_ok=True))
+attempt("branch", lambda: upload(second, "org/model", revision="v2"))
+attempt("branch again", lambda: upload(second, "org/model", revision="v2"))
 attempt("proposal", lambda: upload(second, "org/model", create_pr=True))
 attempt("reader", lambda: upload(first, "org/other", token="{READER}"))
 attempt("wrong", lambda: upload(first, "org/other", token="hf_wrong"))
@@ -145,6 +146,7 @@ def test_what_a_repository_held_does_not_stay(hub, models):
 def test_refusals_name_the_fix(hub):
     assert "FileExistsError: The repository 'org/model' exists and holds" in hub.uploads["again"]
     assert "exist_ok=True (--exist-ok)" in hub.uploads["again"]
+    assert "exists and holds" in hub.uploads["branch again"] and "on the branch 'v2'" in hub.uploads["branch again"]
     for name in ("reader", "wrong", "nobody"):
         assert "PermissionError: The Hub does not let this token write to 'org/other'" in hub.uploads[name]
     assert "org/other" not in hub.repositories

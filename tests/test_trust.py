@@ -436,6 +436,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "layers, a few": (lambda f: edit(f / "config.json", num_hidden_layers=500), "says 500 layers, and the weights"),
     "elements": (lambda f: header(f, HUGE), "is damaged or cut off"),
     "a long header": (lambda f: header(f, HUGE, 1 << 40), "is damaged or cut off"),
+    "a pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "It is a pointer of git LFS: run git lfs pull",
+    ),
     "no weights at all": (lambda f: (f / "model.safetensors").write_bytes(b""), "is damaged or cut off"),
     "an index out": (
         lambda f: edit(f / "model.safetensors.index.json", weight_map={"x": "../x.safetensors"}),

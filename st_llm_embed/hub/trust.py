@@ -335,7 +335,10 @@ def _count_tensors(files: list[Path]) -> int:
                 with safe_open(file, framework="pt") as content:
                     tensors += 0 if file.name.startswith("adapter_model") else len(content.keys())
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is damaged or cut off: {error}.") from error
+                with file.open("rb") as content:
+                    pointer = content.read(32).startswith(b"version https://git-lfs")
+                fix = " It is a pointer of git LFS: run git lfs pull." if pointer else ""
+                raise ValueError(f"{file} is damaged or cut off: {error}.{fix}") from error
     return tensors
 
 
