@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print("st-llm-embed: interrupted; nothing was left half-written.", file=sys.stderr)
         return 143 if stop.args == (signal.SIGTERM,) else 130
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, in Rust
+            raise
         from pickle import UnpicklingError  # weights that would run code
 
         from safetensors import SafetensorError  # a full disk, or a file that is cut off

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from st_llm_embed.card import attention_mode
 from st_llm_embed.hub import demand_empty, demand_room, size_of, written_beside
-from st_llm_embed.hub.trust import loading
+from st_llm_embed.hub.trust import demand_data, demand_no_code, loading
 from st_llm_embed.merging import has_adapter, merge_adapter
 from st_llm_embed.modules.first_layers import keep_first_layers
 
@@ -49,6 +49,9 @@ def export_causal_lm(
             "the LLM with attention='causal'."
         )
     llm = (merge_adapter(model) if has_adapter(model) else model).transformers_model
+    if Path(base).is_dir():
+        demand_data(Path(base), pickles=True)
+        demand_no_code(Path(base), False)
     with loading(base):
         # False, for by default transformers asks on standard input.
         whole = AutoModelForCausalLM.from_pretrained(base, dtype=llm.dtype, trust_remote_code=False)

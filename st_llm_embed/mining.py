@@ -220,7 +220,7 @@ def load_teacher(source: str, trust_remote_code: bool = False) -> SentenceTransf
 
     kind = saved("config_sentence_transformers.json").get("model_type", "SentenceTransformer")
     heads = [] if saved("modules.json") else saved("config.json").get("architectures") or []
-    if any(head.endswith("ForSequenceClassification") for head in heads):
+    if any(str(head).endswith("ForSequenceClassification") for head in heads):
         kind = "CrossEncoder"
     if kind != "SentenceTransformer":
         raise _no_teacher(kind)

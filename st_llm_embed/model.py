@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from st_llm_embed.gguf import unpack_gguf
-from st_llm_embed.hub.trust import demand_data
+from st_llm_embed.hub.trust import demand_base, demand_data, demand_no_code
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling
 from st_llm_embed.modules.adapters import demand_peft
 from st_llm_embed.modules.llm_backbone import drop_text_end
@@ -200,13 +200,19 @@ def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:
             raise FileNotFoundError(f"{path} has no config.json")
         if path.is_dir():
             demand_data(path, pickles=True)  # of which transformers reads tensors only
+            demand_no_code(path, _consents(arguments))
+            demand_base(path, _consents(arguments))
         _demand_llm(str(base), arguments.get("model_kwargs") or {})
         return LLMBackbone(str(base), **arguments)
-    except OSError as error:
+    except (OSError, KeyError, TypeError, AttributeError, IndexError) as error:  # of a config with something odd in it
         raise ValueError(
             f"base={str(base)!r} could not be loaded. Give the Hub id of a decoder-only LLM (such as "
             f"'HuggingFaceTB/SmolLM2-135M'), a folder with its config.json and weights, or a .gguf file. ({error})"
         ) from error
+
+
+def _consents(arguments: dict[str, Any]) -> bool:
+    return bool((arguments.get("model_kwargs") or {}).get("trust_remote_code"))
 
 
 def _demand_llm(base: str, model_kwargs: dict[str, Any]) -> None:

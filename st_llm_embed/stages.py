@@ -60,6 +60,7 @@ from st_llm_embed.data import (
 )
 from st_llm_embed.data.sources import load_rows
 from st_llm_embed.hub import demand_room, demand_writable, find_damaged, size_of, written_beside
+from st_llm_embed.hub.trust import demand_data
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import RECIPES, build_model
 from st_llm_embed.modules import LLMBackbone
@@ -239,6 +240,7 @@ def _read_start(folder: str | None) -> Path | None:
         return None
     if not (Path(folder) / "modules.json").is_file():
         raise ValueError(f"start={folder!r} is no model. It takes one that a run left, such as OUTPUT/1-NAME/model.")
+    demand_data(Path(folder))
     _demand_whole(Path(folder))
     return Path(folder)
 

@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from st_llm_embed import build_model
 from st_llm_embed.averaging import average_checkpoints
 from st_llm_embed.cli import main
+from st_llm_embed.export import export_causal_lm
 from st_llm_embed.hub import check, load_trusted, save_sealed
 from st_llm_embed.hub.trust import RELEASED, code_in, demand_data
 
@@ -227,6 +228,25 @@ REFUSED: dict[str, Callable[[Path, str, Path], None]] = {
     "pickles asked for": loading("model_kwargs", use_safetensors=False, weights_only=False),
     "a file elsewhere": loading("processor_kwargs", tokenizer_file="/etc/passwd"),
     "another tokenizer": loading("tokenizer_args", tokenizer_type="evil"),
+    "kernels of anybody": loading("model_kwargs", allow_all_kernels=True),
+    "kernels": loading("model_kwargs", use_kernels=True),
+    "a tokenizer elsewhere": setting("sentence_bert_config.json", tokenizer_name_or_path="/elsewhere"),
+    "an audio tokenizer elsewhere": setting(
+        "processor_config.json", audio_tokenizer={"audio_tokenizer_name_or_path": "/elsewhere"}
+    ),
+    "a stock module that asks": module(
+        "sentence_transformers.sparse_encoder.modules.sparse_static_embedding.SparseStaticEmbedding"
+    ),
+    "a stock tokenizer that asks": module(
+        "sentence_transformers.sentence_transformer.modules.word_embeddings.WordEmbeddings",
+        file="wordembedding_config.json",
+        tokenizer_class="sentence_transformers.sentence_transformer.modules.tokenizer.word.TransformersTokenizerWrapper",
+        update_embeddings=False,
+        max_seq_length=8,
+    ),
+    "adapters of an adapter": setting(
+        "adapter_config.json", base_model_name_or_path="./base", peft_type="XLORA", adapters={"0": "/elsewhere"}
+    ),
     "weights": pickled("pytorch_model.bin"),
     "weights of a module": pickled("1_LatentAttentionPooling/pytorch_model.bin"),
     "weights in pickled shards": lambda f, evil, _: (
@@ -432,8 +452,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep nesting": (endless("modules.json", "[" * 100_000 + "]" * 100_000), "is nested too deeply"),
     "a huge number": (endless("config.json", '{"x": ' + "9" * 5000 + "}"), "is not JSON"),
     "another encoding": (lambda f: (f / "config.json").write_bytes(b'{"x": "\xff\xfe"}'), "is not JSON"),
-    "layers": (lambda f: edit(f / "config.json", num_hidden_layers=10**7), "says 10,000,000 layers"),
-    "layers, a few": (lambda f: edit(f / "config.json", num_hidden_layers=500), "says 500 layers, and the weights"),
+    "layers": (lambda f: edit(f / "config.json", num_hidden_layers=10**7), "says 10,000,000 in 'num_hidden_layers'"),
+    "layers, a few": (lambda f: edit(f / "config.json", num_hidden_layers=500), "says 500 in 'num_hidden_layers'"),
     "elements": (lambda f: header(f, HUGE), "is damaged or cut off"),
     "a long header": (lambda f: header(f, HUGE, 1 << 40), "is damaged or cut off"),
     "a pointer": (
@@ -441,6 +461,31 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "It is a pointer of git LFS: run git lfs pull",
     ),
     "no weights at all": (lambda f: (f / "model.safetensors").write_bytes(b""), "is damaged or cut off"),
+    "layers by another name": (lambda f: edit(f / "config.json", encoder_layers=10**7), "in 'encoder_layers'"),
+    "layers of stages": (lambda f: edit(f / "config.json", depths=[2, 10**7]), "says 10,000,000 in 'depths'"),
+    "a width": (
+        lambda f: edit(f / "1_Pooling" / "config.json", embedding_dimension=10**9),
+        "the largest of its weights",
+    ),
+    "a vocabulary": (lambda f: edit(f / "config.json", vocab_size=10**9), "says 1,000,000,000 in 'vocab_size'"),
+    "padding": (
+        lambda f: edit(f / "sentence_bert_config.json", processing_kwargs={"text": {"max_length": 10**9}}),
+        "in 'processing_kwargs', to pad texts to",
+    ),
+    "prompts": (
+        lambda f: edit(f / "config_sentence_transformers.json", prompts={str(i): "x" for i in range(1001)}),
+        "has 1,001 prompts",
+    ),
+    "a rank": (lambda f: edit(f / "adapter_config.json", r=10**9), "says 1,000,000,000 in 'r'"),
+    "a pattern": (
+        lambda f: edit(f / "adapter_config.json", target_modules="(([a-z0-9_.]+)+)+!"),
+        "has the regular expression",
+    ),
+    "layers of layers": (
+        lambda f: edit(f / "adapter_config.json", layer_replication=[[0, 1]] * 200_000),
+        "says 200,000 in 'layer_replication'",
+    ),
+    "a link to a folder": (lambda f: (f / "there").symlink_to(f / "1_Pooling"), "lead out of the folder, to another"),
     "an index out": (
         lambda f: edit(f / "model.safetensors.index.json", weight_map={"x": "../x.safetensors"}),
         "is outside of the folder",
@@ -521,3 +566,91 @@ def test_names_are_shown_so_that_they_imitate_nothing(sealed, tmp_path, capsys):
     assert main(["check", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and shown.count("\nThe embeddings are the expected ones") == 1
+
+
+def test_links_are_not_followed_out_of_a_folder_named_as_the_hubs(sealed, tmp_path):
+    folder = tmp_path / "archive" / "snapshots" / "model"
+    shutil.copytree(sealed["stock"], folder)
+    (tmp_path / "archive" / "hidden.json").write_text("{}")
+    (folder / "notes.json").symlink_to(tmp_path / "archive" / "hidden.json")
+    with pytest.raises(ValueError, match="lead out of the folder"):
+        demand_data(folder)
+    (folder / "notes.json").unlink()
+    (tmp_path / "archive" / "blobs").mkdir()
+    shutil.move(folder / "config.json", tmp_path / "archive" / "blobs" / "0")
+    (folder / "config.json").symlink_to(tmp_path / "archive" / "blobs" / "0")  # as in the Hub's cache
+    demand_data(folder)
+
+
+def test_an_adapters_base_is_looked_through_too(llm, sealed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "adapter"
+    shutil.copytree(sealed["adapter"], folder)
+    for changes, message in (
+        ({"num_hidden_layers": 10**6}, "says 1,000,000 in 'num_hidden_layers'"),
+        ({"attn_implementation": "org/kernel"}, "is a kernel of the Hub"),
+    ):
+        shutil.rmtree(tmp_path / "base", ignore_errors=True)
+        base = save_llm(tmp_path / "base")
+        edit(Path(base) / "config.json", **changes)
+        edit(folder / "adapter_config.json", base_model_name_or_path=base)
+        for act in (load_trusted, check, build_model):
+            with pytest.raises(ValueError, match=message):
+                act(folder)
+        with pytest.raises(ValueError, match=message):
+            build_model(base)
+        with pytest.raises(ValueError, match=message):
+            export_causal_lm(build_model(llm, "last-token"), base, tmp_path / "out")
+    edit(folder / "adapter_config.json", base_model_name_or_path="base")
+    with pytest.raises(ValueError, match="names the base 'base', a folder by a relative path"):
+        load_trusted(folder)
+
+
+def test_what_is_merged_names_no_code_that_its_base_named(sealed, tmp_path):
+    """By way of a stock module for the LLM, which keeps auto_map, and one of this package's for the pooling."""
+    marker = tmp_path / "ran"
+    base = hostile_base(tmp_path / "base", marker, "config.json", "AutoConfig")
+    folder = tmp_path / "adapter"
+    model = build_model(base, "nv-embed", attention="causal", num_latents=4, num_heads=2, head_dim=16)
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(str(folder))
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["type"] = "sentence_transformers.base.modules.transformer.Transformer"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    kept = json.loads((folder / "sentence_bert_config.json").read_text())
+    own = ("attention", "window", "add_eos", "instruction_mask", "probe", "num_layers", "model_kwargs")
+    (folder / "sentence_bert_config.json").write_text(json.dumps({k: v for k, v in kept.items() if k not in own}))
+    assert main(["merge", str(folder), str(tmp_path / "merged")]) == 0
+    assert not any('"auto_map"' in file.read_text() for file in (tmp_path / "merged").rglob("*.json"))
+    assert not marker.exists()
+
+
+def test_a_hub_id_goes_through_the_gate_too():
+    with pytest.raises(OSError, match="org/model-that-is-nowhere|offline|outgoing traffic"):
+        load_trusted("org/model-that-is-nowhere")
+
+
+def test_a_fifo_does_not_hang_a_run_that_starts_from_it(sealed, tmp_path, capsys):
+    start = tmp_path / "start"
+    shutil.copytree(sealed["stock"], start)
+    os.mkfifo(start / "x.json")
+    config = {"output": str(tmp_path / "out"), "model": {"base": "x"}, "start": str(start), "data": {"x": {}}}
+    (tmp_path / "train.yaml").write_text(json.dumps({**config, "stages": [{"name": "a", "data": ["x"]}]}))
+    assert main(["train", str(tmp_path / "train.yaml")]) == 2
+    assert "is no regular file" in capsys.readouterr().err
+
+
+def test_oddities_of_a_config_are_one_message(tmp_path, capsys):
+    base = Path(save_llm(tmp_path / "base"))
+    kept = json.loads((base / "config.json").read_text())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"anchor": "a", "positive": "b"}\n' * 2)
+    for changes, command in (
+        ({"hidden_act": "nope"}, ["demo", "--smoke", "--base", str(base), "--output", str(tmp_path / "out")]),
+        ({"architectures": [1]}, ["mine", str(rows), str(base), "--output", str(tmp_path / "out")]),
+        ({"model_type": "nvembed", "text_config": [1]}, ["convert", str(base), str(tmp_path / "out")]),
+    ):
+        (base / "config.json").write_text(json.dumps({**kept, **changes}))
+        status = main(command)
+        said = capsys.readouterr().err
+        assert "Traceback" not in said and (status == 2 or "architectures" in changes), (command, said[-500:])

@@ -124,7 +124,8 @@ def _demand_nv_embed(root: Path, settings: dict[str, Any]) -> None:
             f"{root} holds a {settings.get('model_type')!r} model. Convertible are those of model_type 'nvembed' "
             "(nvidia/NV-Embed-v1 and -v2); use build_model for an ordinary LLM."
         )
-    if not {"hidden_size", "max_position_embeddings"} <= settings.get("text_config", {}).keys():
+    sizes = settings.get("text_config")
+    if not isinstance(sizes, dict) or not {"hidden_size", "max_position_embeddings"} <= sizes.keys():
         raise ValueError(f"{root / 'config.json'} has no text_config with the LLM's sizes. Download the whole file.")
 
 

@@ -22,16 +22,14 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.hub import fresh_process
-from st_llm_embed.hub.trust import demand_model, demand_no_code, fetch, read_json
+from st_llm_embed.hub.trust import demand_base, demand_model, demand_no_code, fetch, read_json
 from st_llm_embed.modules import reference
-from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import TEXTS, differing_settings, take_reference
 
 REFERENCE = "reference.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PACKAGE = __name__.partition(".")[0]
-# Of an adapter's base: what the loaders read.
-OF_A_BASE = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+MOST_TEXTS, LONGEST_TEXT = 100, 100_000  # of a reference; characters
 
 
 class Checked(NamedTuple):
@@ -155,6 +153,26 @@ def check(
             last bit).
     """
     root, known = _opened(source, revision, token, trust_remote_code)
+    return compare(root, known, against, trust_remote_code=trust_remote_code, device=device, token=token)
+
+
+def compare(
+    root: Path,
+    known: bool,
+    against: SentenceTransformer | str | Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    token: str | None = None,
+) -> Checked:
+    """``check`` of a folder that was looked through, or written here.
+
+    Args:
+        root: the folder.
+        known: whether the code in its root is all that it needs; then the hosts are not told to trust it.
+        against, trust_remote_code, device, token: see ``check``.
+    """
+    source = root
     with fresh_python() as python:
         if isinstance(against, SentenceTransformer):
             expected = take_reference(against)
@@ -200,8 +218,9 @@ def read_reference(file: Path) -> dict[str, Any]:
     texts, embeddings = content.get("texts"), content.get("embeddings")
     count = len(texts) if isinstance(texts, list) else 0
     forms = {
-        "texts": count > 0 and all(isinstance(text, str) for text in texts),
-        "prompts": _is_mapping(content.get("prompts"), lambda prompt: isinstance(prompt, str)),
+        "texts": 0 < count <= MOST_TEXTS
+        and all(isinstance(text, str) and len(text) <= LONGEST_TEXT for text in texts),
+        "prompts": _is_mapping(content.get("prompts"), _is_text),
         "embeddings": _is_mapping(embeddings, lambda rows: _are_vectors(rows, count)),
         "token_ids": _is_mapping(content.get("token_ids"), _are_numbers),
         "token_ids_without_prompt": _are_numbers(content.get("token_ids_without_prompt")),
@@ -213,6 +232,10 @@ def read_reference(file: Path) -> dict[str, Any]:
     if wrong := [name for name, right in forms.items() if not right]:
         raise ValueError(f"{file} has no {', no '.join(wrong)} of the form that save_sealed writes.")
     return content
+
+
+def _is_text(content: Any) -> bool:
+    return isinstance(content, str) and len(content) <= LONGEST_TEXT
 
 
 def _is_mapping(content: Any, holds: Any) -> bool:
@@ -232,11 +255,7 @@ def _opened(source: str | Path, revision: str | None, token: str | None, trust: 
     root = fetch(source, revision, token)
     demand_model(root)
     unknown = demand_no_code(root, trust)
-    if (root / ADAPTER_CONFIG).is_file():
-        saved = read_json(root / ADAPTER_CONFIG)
-        base = saved.get("base_model_name_or_path")
-        if isinstance(base, str) and base != OWN_BASE and not Path(base).exists() and not Path(base).is_absolute():
-            fetch(base, saved.get("revision"), token, only=OF_A_BASE)
+    demand_base(root, trust, token)
     return root, not unknown
 
 

@@ -110,19 +110,19 @@ def find_damaged(folder: Path) -> list[str]:
     """The files of a saved model or checkpoint that a crash cut off: safetensors, PyTorch's archives and JSON; and the
     shards that are missing."""
     damaged = []
-    for file in sorted(folder.rglob("*")):
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):  # compares its length with its header
                     pass
-            elif any(file.match(pattern) for pattern in PICKLES) and file.is_file():
+            elif any(file.match(pattern) for pattern in PICKLES):
                 zipfile.ZipFile(file).close()  # its directory is its end
             elif file.suffix == ".json":
                 content = read_json(file)
                 if file.name.endswith(".index.json"):
                     shards = {file.with_name(name) for name in content["weight_map"].values()}
                     damaged += sorted(str(shard) for shard in shards if not shard.is_file())
-        except (SafetensorError, zipfile.BadZipFile, ValueError):
+        except (SafetensorError, zipfile.BadZipFile, ValueError, TypeError, KeyError, AttributeError):
             damaged.append(str(file))
     return damaged
 

@@ -45,6 +45,7 @@ def answer(request: dict) -> int:
     try:
         # Module code is cached by a folder's name: in a cache of its own no older copy answers.
         transformers.dynamic_module_utils.HF_MODULES_CACHE = os.path.join(scratch, "modules")
+        transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # nobody is there to be asked
         model = load(request["folder"], request["device"], request["code"])
         taken = runpy.run_path(request["reference"])["take_reference"](model, request["texts"])
         with open(os.path.join(scratch, "taken.json"), "w", encoding="utf-8") as file:

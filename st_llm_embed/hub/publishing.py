@@ -25,10 +25,10 @@ from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.card import finish_card, inherit_license
-from st_llm_embed.hub.checking import REFERENCE, check
+from st_llm_embed.hub.checking import REFERENCE, compare
 from st_llm_embed.hub.folders import demand_empty, demand_room, size_of, write_json, written_beside
 from st_llm_embed.hub.sealing import seal
-from st_llm_embed.hub.trust import demand_model, files_of, has_code, read_json
+from st_llm_embed.hub.trust import demand_model, files_of, has_code, read_json, without_code
 from st_llm_embed.merging import has_adapter, merge_adapter
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import take_reference
@@ -78,8 +78,26 @@ def save_sealed(
         seal(staged)
         write_json(staged / REFERENCE, take_reference(model))
         finish_card(staged / "README.md", model, card_section, has_code(staged), samples)
-        check(staged, trust_remote_code=True, device=str(model.device))
+        foreign = _runs_code_of_its_llm(model)
+        if not foreign:
+            _forget_unused_code(staged)
+        # What seal put there ran in this process. Else nothing is to run, whatever a base or a configuration names.
+        compare(staged, known=not foreign, device=str(model.device))
     return target
+
+
+def _runs_code_of_its_llm(model: SentenceTransformer) -> bool:
+    """Is the LLM, or the tokenizer, of a class that its repository brought?"""
+    llm = model.transformers_model
+    parts = [model.tokenizer] if llm is None else [llm, llm.config, model.tokenizer]
+    return any(type(part).__module__.startswith("transformers_modules") for part in parts)
+
+
+def _forget_unused_code(folder: Path) -> None:
+    """Drop ``auto_map`` from a folder whose classes are transformers' own: who loads it with trust would run it."""
+    for file in folder.rglob("*.json"):
+        if '"auto_map"' in file.read_text(encoding="utf-8"):
+            write_json(file, without_code(read_json(file)))
 
 
 def publish(

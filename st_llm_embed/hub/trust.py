@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,10 +30,11 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Module
 from sentence_transformers.util import import_from_string
+from transformers import dynamic_module_utils
 
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling, reference
+from st_llm_embed.modules.adapters import OWN_BASE
 
 STOCK = "sentence_transformers."
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")  # reading them may run code
@@ -47,6 +49,8 @@ LEFT_BY_TRAINERS = (
 )
 # The same weights in formats that are not read here.
 OTHER_FORMATS = ("onnx/*", "openvino/*", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.mlmodel")
+# Of an adapter's base: what the loaders read.
+OF_A_BASE = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # What the loaders read; of other files, what is not JSON is nothing to them either.
 CONFIGURATIONS = ("*config*.json", "modules.json", "*.index.json", "special_tokens_map.json", "added_tokens.json")
 VOCABULARIES = ("tokenizer.json", "vocab.json")  # which name no code, and are large
@@ -55,7 +59,13 @@ VOCABULARIES = ("tokenizer.json", "vocab.json")  # which name no code, and are l
 MOST_FILES = 20_000
 MOST_LAYERS = 2_000
 FEW_LAYERS = 200  # several may share their weights
-DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+MOST_PROMPTS = 1_000
+LONGEST_PATTERN = 1_000  # characters of an adapter's regular expression
+MOST_TOKENS = 200_000  # to pad texts to
+LARGEST_SIZE = 300_000  # of a vocabulary, say, where no tensor is as large
+DEPTH = re.compile(r"layers?(_replication)?$|depths?$|blocks?$")
+SIZE = re.compile(r"(size|dim|dimension|features|latents|heads|experts|channels|width|rank|embd|inner)s?$|^(r|d_\w+)$")
+NO_SIZE = re.compile(r"position|length|window|batch|chunk|block|kernel|patch|image|shard|cache|total|sample|group")
 LARGEST_CONFIGURATION = 1 << 26  # bytes
 
 MODULES = {
@@ -66,6 +76,23 @@ MODULES = {
         f"{module.__module__.rpartition('.')[2]}.{module.__name__}",
     )
 }
+# Of sentence-transformers' own those that load what is in their folder, and nothing else.
+STOCK_MODULES = {
+    *(
+        "Transformer",
+        "Pooling",
+        "Normalize",
+        "Dense",
+        "LayerNorm",
+        "Dropout",
+        "WeightedLayerPooling",
+        "Router",
+        "Asym",
+    ),
+    *("StaticEmbedding", "BoW", "WordEmbeddings", "WordWeights", "CNN", "LSTM", "CLIPModel"),
+}
+STOCK_TOKENIZERS = {"WhitespaceTokenizer", "PhraseTokenizer"}
+ADAPTERS = {"LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA"}
 # SHA-256 of what released versions shipped with models.
 RELEASED = {
     "712c2cb8369bcfca1cd0f752198e97e47320c8e921f4bdb210ddfa547c598288": "attention_mode.py of 0.1.0",
@@ -76,8 +103,10 @@ RELEASED = {
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 # What sentence-transformers hands from its configurations to the loaders of transformers, and what may be in it.
 HANDED_ON = ("model_kwargs", "processor_kwargs", "config_kwargs", "model_args", "tokenizer_args", "config_args")
-READING_PICKLES = {"use_safetensors", "weights_only", "trust_remote_code"}
 HARMLESS = {
+    *("use_cache", "is_causal", "add_pooling_layer", "low_cpu_mem_usage", "legacy", "use_fast", "do_lower_case"),
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "max_length", "model_max_length"),
+    "clean_up_tokenization_spaces",
     *("attn_implementation", "dtype", "torch_dtype", "padding", "padding_side", "truncation", "truncation_side"),
     *(f"{kind}_token" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")),
 }
@@ -119,15 +148,15 @@ def demand_data(root: Path, *, pickles: bool = False) -> None:
         ValueError: for what is neither a file nor a folder, a link or a name that leads out of the folder, a pickle
             of weights, a configuration that is none, and sizes that no model has.
     """
-    home = root.resolve()
-    if root.resolve().parent.name == "snapshots":  # of the Hub's cache, whose folders are links
-        home = root.resolve().parents[1]
+    homes = [root.resolve()]
+    if root.resolve().parent.name == "snapshots":  # of the Hub's cache, whose files are links
+        homes.append(root.resolve().parents[1] / "blobs")
     files = []
     for folder, folders, names in os.walk(root):
         for name in (*folders, *names):
             path = Path(folder, name)
             if path.is_symlink():
-                _demand_inside_link(path, home)
+                _demand_inside_link(path, homes)
             mode = path.stat().st_mode
             if stat.S_ISREG(mode):
                 files.append(path)
@@ -137,7 +166,7 @@ def demand_data(root: Path, *, pickles: bool = False) -> None:
             raise ValueError(f"{root} holds more than {MOST_FILES:,} files, which no model does.")
     if not pickles:
         _demand_no_pickles(root, files)
-    tensors = _count_tensors(files)
+    tensors, largest = _measure_tensors(files)
     for file, content in _configurations(files):
         if file.name == "modules.json":
             _demand_modules(file, content)
@@ -145,9 +174,7 @@ def demand_data(root: Path, *, pickles: bool = False) -> None:
             _demand_index(file, content)
         elif not isinstance(content, dict):
             raise ValueError(f"{file} is no JSON object.")
-        layers = max((n for n in _values(content, *DEPTHS) if isinstance(n, int)), default=0)
-        if layers > MOST_LAYERS or (tensors and layers > max(tensors, FEW_LAYERS)):
-            raise ValueError(f"{file} says {layers:,} layers, and the weights are {tensors:,} tensors.")
+        _demand_sizes(file, content, tensors, largest)
 
 
 def demand_model(root: Path) -> None:
@@ -205,6 +232,34 @@ def demand_no_code(root: Path, trust_remote_code: bool) -> bool:
     return bool(found)
 
 
+def demand_base(root: Path, trust_remote_code: bool, token: str | None = None, depth: int = 3) -> None:
+    """Check the base of each adapter in ``root`` as ``root`` itself, and the base of that; of one on the Hub, what the
+    loaders read is downloaded.
+
+    Raises:
+        ValueError: see ``demand_data`` and ``demand_no_code``; also for a base by a relative path, which is another
+            folder for everybody, and for adapters on adapters without an end.
+    """
+    for file in root.rglob("adapter_config.json"):
+        saved = read_json(file)
+        base, revision = saved.get("base_model_name_or_path"), saved.get("revision")
+        if (
+            not isinstance(base, str)
+            or base in ("", OWN_BASE)
+            or (Path(base).is_absolute() and not Path(base).exists())
+        ):
+            continue  # inside of it, or said to be gone by who looks for it
+        if Path(base).exists() and not Path(base).is_absolute():
+            raise ValueError(
+                f"{file} names the base {base!r}, a folder by a relative path. Write its full path, or a Hub id."
+            )
+        if depth == 0:
+            raise ValueError(f"{file} is an adapter on an adapter on an adapter. Merge them first.")
+        there = fetch(base, revision, token, only=OF_A_BASE, pickles=True)
+        demand_no_code(there, trust_remote_code)
+        demand_base(there, trust_remote_code, token, depth - 1)
+
+
 def load_trusted(folder: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> SentenceTransformer:
     """Load a folder and encode some words, running code of its own only if told to. The classes that this package
     ships are the installed ones.
@@ -217,9 +272,9 @@ def load_trusted(folder: str | Path, trust_remote_code: bool = False, **kwargs: 
     Raises:
         ValueError: for code without consent, a folder that does not hold data alone, or one that cannot be loaded.
     """
-    root = Path(folder)
-    demand_data(root)
+    root = fetch(folder)
     unknown = demand_no_code(root, trust_remote_code)
+    demand_base(root, trust_remote_code)
     with loading(root):
         if unknown:
             model = SentenceTransformer(str(root), trust_remote_code=True, **kwargs)
@@ -232,14 +287,21 @@ def load_trusted(folder: str | Path, trust_remote_code: bool = False, **kwargs: 
 
 @contextmanager
 def loading(root: str | Path) -> Iterator[None]:
-    """Say of what the hosts' errors are: those of a file with something else in it than they expect name no file."""
+    """Say of what the hosts' errors are, as those of a file with something else in it than they expect name no file;
+    and let nobody be asked on standard input."""
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE  # to answer in
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers, in Rust
+            raise
         for kind in (OSError, ImportError, RuntimeError, ValueError):
             if isinstance(error, kind):
                 raise kind(f"{root} cannot be loaded: {error}") from error
         raise ValueError(f"{root} cannot be loaded: {type(error).__name__}: {error}") from error
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 
 
 def files_of(root: Path) -> list[Path]:
@@ -256,11 +318,6 @@ def has_code(root: Path) -> bool:
     """Does loading this folder run module code of its own? One without modules.json gets the host's."""
     file = root / "modules.json"
     return file.is_file() and any(not entry["type"].startswith(STOCK) for entry in read_json(file))
-
-
-def own_classes(root: Path) -> list[str]:
-    """The classes of modules.json that are not sentence-transformers'."""
-    return [entry["type"] for entry in read_json(root / "modules.json") if not entry["type"].startswith(STOCK)]
 
 
 def left_by_trainer(file: Path) -> bool:
@@ -301,15 +358,16 @@ def _configurations(files: list[Path]) -> Iterator[tuple[Path, Any]]:
                     raise
 
 
-def _demand_inside_link(path: Path, home: Path) -> None:
+def _demand_inside_link(path: Path, homes: list[Path]) -> None:
     try:
-        inside = path.resolve(strict=True).is_relative_to(home)
+        to = path.resolve(strict=True)
+        inside = to.is_file() and any(to.is_relative_to(home) for home in homes)
     except (OSError, RuntimeError):  # to nothing, or to itself
         inside = False
     if not inside:
         raise ValueError(
-            f"{str(path)!r} is one of the links that lead out of the folder, or to nothing. Put what it points to in "
-            "its place, or remove it."
+            f"{str(path)!r} is one of the links that lead out of the folder, to another, or to nothing. Put what it "
+            "points to in its place, or remove it."
         )
 
 
@@ -326,20 +384,62 @@ def _demand_no_pickles(root: Path, files: list[Path]) -> None:
         )
 
 
-def _count_tensors(files: list[Path]) -> int:
-    """The number of tensors in safetensors files, whose headers must be sound; not of adapters."""
-    tensors = 0
+def _measure_tensors(files: list[Path]) -> tuple[int, int]:
+    """The number of tensors in safetensors files, whose headers must be sound, but not of adapters; and the largest
+    dimension of any."""
+    tensors, largest = 0, 0
     for file in files:
         if file.suffix == ".safetensors":
             try:
                 with safe_open(file, framework="pt") as content:
-                    tensors += 0 if file.name.startswith("adapter_model") else len(content.keys())
+                    names = list(content.keys())
+                    largest = max([largest, *(n for name in names for n in content.get_slice(name).get_shape())])
+                    tensors += 0 if file.name.startswith("adapter_model") else len(names)
             except (SafetensorError, OSError) as error:
                 with file.open("rb") as content:
                     pointer = content.read(32).startswith(b"version https://git-lfs")
                 fix = " It is a pointer of git LFS: run git lfs pull." if pointer else ""
                 raise ValueError(f"{file} is damaged or cut off: {error}.{fix}") from error
-    return tensors
+    return tensors, largest
+
+
+def _demand_sizes(file: Path, content: dict[str, Any], tensors: int, largest: int) -> None:
+    """Check that a configuration asks for no model that its weights are not, and for no endless work.
+
+    Args:
+        file: the configuration.
+        content: of it.
+        tensors: how many there are beside it, but for adapters'.
+        largest: dimension of any tensor.
+    """
+    most = max(4 * largest, LARGEST_SIZE)  # tiny models keep the sizes of the large ones that they stand for
+    for holder in _objects(content):
+        for key, value in holder.items():
+            numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+            number = max(numbers, default=0)
+            if DEPTH.search(key):
+                number = max(number, len(value) if isinstance(value, list) else 0)
+                if number > MOST_LAYERS or (tensors and number > max(tensors, FEW_LAYERS)):
+                    raise ValueError(f"{file} says {number:,} in {key!r}, and the weights are {tensors:,} tensors.")
+            elif SIZE.search(key) and not NO_SIZE.search(key) and number > most:
+                raise ValueError(f"{file} says {number:,} in {key!r}, and the largest of its weights has {largest:,}.")
+            elif key == "prompts" and isinstance(value, dict) and len(value) > MOST_PROMPTS:
+                raise ValueError(f"{file} has {len(value):,} prompts, which no model has.")
+            elif key == "processing_kwargs":
+                asked = [n for part in _objects(value) for n in part.values() if isinstance(n, int)]
+                if max(asked, default=0) > MOST_TOKENS:
+                    raise ValueError(f"{file} says {max(asked):,} in 'processing_kwargs', to pad texts to.")
+    if file.name == "adapter_config.json":
+        given = [content.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+        given += [name for key in ("rank_pattern", "alpha_pattern") for name in content.get(key) or ()]
+        for pattern in given:
+            # A group that repeats, or many that do, can take Python's re longer than anybody lives.
+            if isinstance(pattern, str) and (
+                len(pattern) > LONGEST_PATTERN
+                or re.search(r"\)[*+{?]", pattern)
+                or len(re.findall(r"[*+{]", pattern)) > 4
+            ):
+                raise ValueError(f"{file} has the regular expression {pattern[:80]!r}, which may never end.")
 
 
 def _demand_modules(file: Path, content: Any) -> None:
@@ -375,7 +475,7 @@ def _demand_inside(file: Path, path: str) -> None:
 def _unknown_class(root: Path, name: str) -> str | None:
     """Why a class of modules.json is not known, if it is not."""
     if name.startswith(STOCK):
-        return None if _is_stock(name, Module) else f"{name!r} is no module of sentence-transformers"
+        return None if _is_stock(name, STOCK_MODULES) else f"{name!r} is no module of sentence-transformers"
     if name not in MODULES:
         return f"{name!r} is not one of this package's classes"
     file = root / f"{name.partition('.')[0]}.py"
@@ -384,15 +484,15 @@ def _unknown_class(root: Path, name: str) -> str | None:
     return None
 
 
-def _is_stock(name: str, kind: type) -> bool:
-    """Does a dotted name lead to a class of sentence-transformers, and not by way of what its files import?"""
-    if not name.startswith(STOCK):
+def _is_stock(name: str, known: set[str]) -> bool:
+    """Does a dotted name lead to one of these classes of sentence-transformers?"""
+    if not name.startswith(STOCK) or name.rpartition(".")[2] not in known:
         return False
     try:
         found = import_from_string(name)
     except (ImportError, AttributeError, ValueError, TypeError):
         return False
-    return isinstance(found, type) and issubclass(found, kind) and found.__module__.startswith(STOCK)
+    return isinstance(found, type) and found.__module__.startswith(STOCK)
 
 
 def _known_files(with_released: bool) -> set[str]:
@@ -430,19 +530,24 @@ def _named_code(name: str, content: Any, own: bool) -> Iterator[str]:
     if name == "router_config.json" or "types" in content:
         types = content.get("types")
         for kind in types.values() if isinstance(types, dict) else []:
-            if not (isinstance(kind, str) and (kind in MODULES or _is_stock(kind, Module))):
+            if not (isinstance(kind, str) and (kind in MODULES or _is_stock(kind, STOCK_MODULES))):
                 yield f"types has {kind!r}, which is no module of sentence-transformers"
-    if name == "wordembedding_config.json" and not _is_stock(str(content.get("tokenizer_class")), object):
+    for key in ("tokenizer_name_or_path", "audio_tokenizer"):
+        if content.get(key):
+            yield f"{key} leads to another place"
+    if name == "wordembedding_config.json" and not _is_stock(str(content.get("tokenizer_class")), STOCK_TOKENIZERS):
         yield f"tokenizer_class={content.get('tokenizer_class')!r} is none of sentence-transformers"
     if name == "adapter_config.json":
-        for key in ("megatron_config", "tokenizer_kwargs", "corda_config"):
+        for key in ("megatron_config", "tokenizer_kwargs", "corda_config", "adapters"):
             if content.get(key):
                 yield f"{key} leads to a module or a file of its choice"
+        if content.get("peft_type", "LORA") not in ADAPTERS:
+            yield f"peft_type={content['peft_type']!r} is none of {', '.join(sorted(ADAPTERS))}"
 
 
 def _is_harmless(name: str, value: Any) -> bool:
     """May a configuration hand this to a loader?"""
-    return name in HARMLESS or (not isinstance(value, str | list | dict) and name not in READING_PICKLES)
+    return name in HARMLESS and not isinstance(value, list | dict)
 
 
 def _is_activation(value: Any) -> bool:
@@ -463,10 +568,6 @@ def _objects(content: Any) -> Iterator[dict[str, Any]]:
             waiting += here.values()
         elif isinstance(here, list):
             waiting += here
-
-
-def _values(content: Any, *keys: str) -> Iterator[Any]:
-    return (holder[key] for holder in _objects(content) for key in keys if key in holder)
 
 
 def _hash(file: Path) -> str:

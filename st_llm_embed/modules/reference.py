@@ -24,6 +24,7 @@ from torch import Tensor
 
 # The first has what normalisers change (case, an accent, two spaces, a compatibility character), and is short.
 TEXTS = ("Café  №1", "How do I parse command line arguments?", "日本語 🐈 word " * 200)
+LONGEST = 1_000  # characters of the text that is compared at each loading
 ROUNDING, HALF_ROUNDING = 1e-3, 5e-2  # of the largest component, over devices and kernels
 
 
@@ -72,6 +73,8 @@ def warn_if_changed(model: SentenceTransformer, stored: dict[str, Any], dtype_ch
         dtype_chosen: the caller of the loading chose the precision: another one is no surprise.
     """
     text, prompts = stored["texts"][0], stored["prompts"]
+    if len(text) > LONGEST:
+        raise ValueError(f"its first text has {len(text):,} characters, where a short one is to be compared")
     shortest = min(prompts, key=lambda name: len(prompts[name]))
     expected = torch.tensor(stored["embeddings"][shortest][0])
     modes = [(module, module.training) for module in model.modules()]
