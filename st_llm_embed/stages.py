@@ -285,9 +285,14 @@ def _lock(output: Path) -> FileLock:
     Raises:
         RuntimeError: if another process holds it.
     """
-    lock = FileLock(output / LOCK, timeout=WAIT)
+    lock = FileLock(output / LOCK)
     try:
-        lock.acquire()
+        lock.acquire(timeout=0)
+        return lock
+    except Timeout:
+        logger.warning("Another process is running in %s. Waiting %d s for its end.", output, WAIT)
+    try:
+        lock.acquire(timeout=WAIT)
     except Timeout as error:
         raise RuntimeError(
             f"Another process is running in {output}. Wait for its end, or choose another output."

@@ -77,20 +77,10 @@ MODULES = {
     )
 }
 # Of sentence-transformers' own those that load what is in their folder, and nothing else.
-STOCK_MODULES = {
-    *(
-        "Transformer",
-        "Pooling",
-        "Normalize",
-        "Dense",
-        "LayerNorm",
-        "Dropout",
-        "WeightedLayerPooling",
-        "Router",
-        "Asym",
-    ),
-    *("StaticEmbedding", "BoW", "WordEmbeddings", "WordWeights", "CNN", "LSTM", "CLIPModel"),
-}
+STOCK_MODULES = set(
+    "Transformer Pooling Normalize Dense LayerNorm Dropout WeightedLayerPooling Router Asym StaticEmbedding BoW "
+    "WordEmbeddings WordWeights CNN LSTM CLIPModel".split()
+)
 STOCK_TOKENIZERS = {"WhitespaceTokenizer", "PhraseTokenizer"}
 ADAPTERS = {"LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA"}
 # SHA-256 of what released versions shipped with models.
@@ -100,7 +90,6 @@ RELEASED = {
     "1b5c350e682262c0a59aaccb6ab740fef08270c0de84df5f1b48f462f1465714": "llm_backbone.py of 0.1.0",
     "dffd82fa18279808bcd3f2aabcacb88ea644d389fa292fb5b0c1bb8409dcfe00": "prompt_token_pooling.py of 0.1.0",
 }
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 # What sentence-transformers hands from its configurations to the loaders of transformers, and what may be in it.
 HANDED_ON = ("model_kwargs", "processor_kwargs", "config_kwargs", "model_args", "tokenizer_args", "config_args")
 HARMLESS = {
@@ -243,12 +232,10 @@ def demand_base(root: Path, trust_remote_code: bool, token: str | None = None, d
     for file in root.rglob("adapter_config.json"):
         saved = read_json(file)
         base, revision = saved.get("base_model_name_or_path"), saved.get("revision")
-        if (
-            not isinstance(base, str)
-            or base in ("", OWN_BASE)
-            or (Path(base).is_absolute() and not Path(base).exists())
-        ):
-            continue  # inside of it, or said to be gone by who looks for it
+        if not isinstance(base, str) or base in ("", OWN_BASE):
+            continue  # it lies in the folder
+        if Path(base).is_absolute() and not Path(base).exists():
+            continue  # gone, as whoever looks for it will say
         if Path(base).exists() and not Path(base).is_absolute():
             raise ValueError(
                 f"{file} names the base {base!r}, a folder by a relative path. Write its full path, or a Hub id."
