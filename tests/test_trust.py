@@ -272,6 +272,17 @@ def test_no_way_leads_to_code(sealed, tmp_path, way, monkeypatch):
     for act in (load_trusted, check):
         with pytest.raises(ValueError, match="model.*(to run it|may run code when read|which is not a class)"):
             act(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", REFUSED)
+def test_nor_does_any_command(sealed, tmp_path, way, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(sealed["own"], folder)
+    (tmp_path / "elsewhere").mkdir()
+    REFUSED[way](folder, EVIL.format(marker=str(marker)), tmp_path / "elsewhere")
     for command in ("merge", "publish", "export", "mine", "evaluate"):
         assert main(arguments(command, folder, tmp_path)) == 2
     assert not [file for file in tmp_path.iterdir() if file.name.startswith("out")]
