@@ -262,13 +262,19 @@ REFUSED: dict[str, Callable[[Path, str, Path], None]] = {
 }
 
 
+def hostile(sealed: Path, make: Callable[[Path, str, Path], None], scratch: Path) -> tuple[Path, Path]:
+    """A copy of a sealed folder with one way to code in it, and the file that is there once the code has run."""
+    folder, marker = scratch / "model", scratch / "ran"
+    shutil.copytree(sealed, folder)
+    (scratch / "elsewhere").mkdir()
+    make(folder, EVIL.format(marker=str(marker)), scratch / "elsewhere")
+    return folder, marker
+
+
 @pytest.mark.parametrize("way", REFUSED)
 def test_no_way_leads_to_code(sealed, tmp_path, way, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder, marker = tmp_path / "model", tmp_path / "ran"
-    shutil.copytree(sealed["own"], folder)
-    (tmp_path / "elsewhere").mkdir()
-    REFUSED[way](folder, EVIL.format(marker=str(marker)), tmp_path / "elsewhere")
+    folder, marker = hostile(sealed["own"], REFUSED[way], tmp_path)
     for act in (load_trusted, check):
         with pytest.raises(ValueError, match="model.*(to run it|may run code when read|which is not a class)"):
             act(folder)
@@ -279,10 +285,7 @@ def test_no_way_leads_to_code(sealed, tmp_path, way, monkeypatch):
 @pytest.mark.parametrize("way", REFUSED)
 def test_nor_does_any_command(sealed, tmp_path, way, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder, marker = tmp_path / "model", tmp_path / "ran"
-    shutil.copytree(sealed["own"], folder)
-    (tmp_path / "elsewhere").mkdir()
-    REFUSED[way](folder, EVIL.format(marker=str(marker)), tmp_path / "elsewhere")
+    folder, marker = hostile(sealed["own"], REFUSED[way], tmp_path)
     for command in ("merge", "publish", "export", "mine", "evaluate"):
         assert main(arguments(command, folder, tmp_path)) == 2
     assert not [file for file in tmp_path.iterdir() if file.name.startswith("out")]
@@ -327,10 +330,7 @@ PASSED_OVER = {
 
 @pytest.mark.parametrize("way", PASSED_OVER)
 def test_what_the_hosts_pass_over_is_no_reason_to_refuse(sealed, tmp_path, way, monkeypatch):
-    folder, marker = tmp_path / "model", tmp_path / "ran"
-    shutil.copytree(sealed["stock"], folder)
-    (tmp_path / "elsewhere").mkdir()
-    PASSED_OVER[way](folder, EVIL.format(marker=str(marker)), tmp_path / "elsewhere")
+    folder, marker = hostile(sealed["stock"], PASSED_OVER[way], tmp_path)
     monkeypatch.chdir(folder)
     expected = SentenceTransformer(str(sealed["stock"])).encode(list(TEXTS))
     np.testing.assert_array_equal(load_trusted(folder).encode(list(TEXTS)), expected)
@@ -340,10 +340,7 @@ def test_what_the_hosts_pass_over_is_no_reason_to_refuse(sealed, tmp_path, way, 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", PASSED_OVER)
 def test_nor_do_the_commands_run_it(sealed, tmp_path, way, monkeypatch):
-    folder, marker = tmp_path / "model", tmp_path / "ran"
-    shutil.copytree(sealed["stock"], folder)
-    (tmp_path / "elsewhere").mkdir()
-    PASSED_OVER[way](folder, EVIL.format(marker=str(marker)), tmp_path / "elsewhere")
+    folder, marker = hostile(sealed["stock"], PASSED_OVER[way], tmp_path)
     monkeypatch.chdir(folder)
     for command in ("check", "evaluate", "mine", "average"):
         assert main(arguments(command, folder, tmp_path)) == 0, command

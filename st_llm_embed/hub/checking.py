@@ -22,7 +22,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.hub import fresh_process
-from st_llm_embed.hub.trust import demand_base, demand_model, demand_no_code, fetch, read_json
+from st_llm_embed.hub.trust import demand_base, demand_no_code, demand_saved, fetch, read_json
 from st_llm_embed.modules import reference
 from st_llm_embed.modules.reference import TEXTS, differing_settings, take_reference
 
@@ -172,7 +172,6 @@ def compare(
         known: whether the code in its root is all that it needs; then the hosts are not told to trust it.
         against, trust_remote_code, device, token: see ``check``.
     """
-    source = root
     with fresh_python() as python:
         if isinstance(against, SentenceTransformer):
             expected = take_reference(against)
@@ -183,7 +182,7 @@ def compare(
             expected = read_reference(root / REFERENCE)
         else:
             raise FileNotFoundError(
-                f"{source} has no {REFERENCE}, so there is nothing to compare it with. save_sealed and publish write "
+                f"{root} has no {REFERENCE}, so there is nothing to compare it with. save_sealed and publish write "
                 "one; or name another form of the model to compare with (against=)."
             )
         found = python.take_reference(root, expected["texts"], device, known)
@@ -200,7 +199,7 @@ def compare(
             )
         listed = "; ".join(f"{setting}: {change}" for setting, change in causes.items())
         raise RuntimeError(
-            f"{source} gives other vectors in a fresh process: they differ by {difference:.1e} under the prompt "
+            f"{root} gives other vectors in a fresh process: they differ by {difference:.1e} under the prompt "
             f"{name!r}, and at most {tolerance:.0e} is rounding. Settings that differ: {listed or 'none'}."
         )
     return Checked(difference, _files(root))
@@ -218,8 +217,7 @@ def read_reference(file: Path) -> dict[str, Any]:
     texts, embeddings = content.get("texts"), content.get("embeddings")
     count = len(texts) if isinstance(texts, list) else 0
     forms = {
-        "texts": 0 < count <= MOST_TEXTS
-        and all(isinstance(text, str) and len(text) <= LONGEST_TEXT for text in texts),
+        "texts": 0 < count <= MOST_TEXTS and all(map(_is_text, texts)),
         "prompts": _is_mapping(content.get("prompts"), _is_text),
         "embeddings": _is_mapping(embeddings, lambda rows: _are_vectors(rows, count)),
         "token_ids": _is_mapping(content.get("token_ids"), _are_numbers),
@@ -253,7 +251,7 @@ def _are_vectors(rows: Any, count: int) -> bool:
 def _opened(source: str | Path, revision: str | None, token: str | None, trust: bool) -> tuple[Path, bool]:
     """A model's folder, and whether all its code is this package's. An adapter's base is downloaded too."""
     root = fetch(source, revision, token)
-    demand_model(root)
+    demand_saved(root)
     unknown = demand_no_code(root, trust)
     demand_base(root, trust, token)
     return root, not unknown

@@ -173,9 +173,17 @@ def demand_model(root: Path) -> None:
         FileNotFoundError: if it has no modules.json.
         ValueError: see ``demand_data``.
     """
+    demand_saved(root)
+    demand_data(root)
+
+
+def demand_saved(root: Path) -> None:
+    """
+    Raises:
+        FileNotFoundError: if ``root`` has no modules.json.
+    """
     if not (root / "modules.json").is_file():
         raise FileNotFoundError(f"{root} is not a folder that sentence-transformers saved: it has no modules.json.")
-    demand_data(root)
 
 
 def code_in(root: Path) -> dict[str, str]:
