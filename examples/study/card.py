@@ -50,12 +50,10 @@ def main() -> None:
     model.model_card_data.set_license("cc-by-nc-4.0")
     folder = save_sealed(model, arguments.output / "published", section)
     card = folder / "README.md"
-    # The host's part is the last stage's, and shows rows of data that are not ours to show.
+    # The host's part tells of the last stage only.
     ours, _, _ = card.read_text(encoding="utf-8").partition("## Model Details")
     card.write_text(ours.rstrip() + "\n", encoding="utf-8")
-    about = metadata_load(card)
-    del about["widget"]
-    metadata_save(card, {**about, "base_model": BUNDLED_ID})
+    metadata_save(card, {**metadata_load(card), "base_model": BUNDLED_ID})
 
 
 if __name__ == "__main__":
