@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/install.sh
 install demo
-"$venv/bin/st-llm-embed" demo "$@"
+"$venv/bin/python" -m examples.demo "$@"

@@ -15,15 +15,6 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 
-# LLaRA's two prompts (arXiv 2312.15503): the embedding is read off the token after them.
-EBAE_PROMPT = "{text} The original sentence:"
-EBAR_PROMPT = "{text} The next sentence:"
-
-# Those of its released code: eight tokens of their own each, added to the tokenizer.
-RELEASE_TOKENS = [f"<s{i}>" for i in range(1, 17)]
-RELEASE_EBAE_PROMPT = '"{text}", summarize the above passage within eight words: ' + "".join(RELEASE_TOKENS[:8])
-RELEASE_EBAR_PROMPT = '"{text}", predict the following passage within eight words: ' + "".join(RELEASE_TOKENS[8:])
-
 # Kind -> (symmetric: the instruction goes on both sides, in-batch negatives are safe).
 KINDS = {
     "retrieval": (False, True),
@@ -46,11 +37,11 @@ class Task:
         name: the key of its data set and of its prompt in ``model.prompts``; none of ``query``, ``document``,
             ``passage``, ``corpus``, ``similarity``, which are every task's.
         instruction: one sentence that says what to do, such as "Given a question, retrieve passages that answer it".
-        kind: ``retrieval``, ``sts``, ``classification``, ``clustering``, ``pair`` or ``bitext``.
-        in_batch_negatives: whether the other rows' texts may serve as negatives. Default: by kind; off where another
-            row is likely to share the class.
-        negatives: how many negatives of its own each row of its data has. Default: any number.
-        weight: a factor on its share of the batches.
+        kind: the kind of task: ``retrieval``, ``sts``, ``classification``, ``clustering``, ``pair`` or ``bitext``.
+        in_batch_negatives: whether the texts of a batch's other rows may serve as negatives. Default: by kind; off
+            where another row is likely to share the class.
+        negatives: how many hard negatives each row of its data has. Default: any number.
+        weight: the factor on the task's share of the batches.
 
     Raises:
         ValueError: for an unknown kind, an empty or reserved name, an instruction that is empty or has ``{text}`` in
@@ -116,8 +107,8 @@ class Task:
 
     def encoding_prompt(self, model_prompts: Mapping[str, str], default_prompt_name: str | None = None) -> str:
         """The prompt of the task's queries, or of its texts where all are of one sort."""
-        own = prompt_of(SIMILARITY if self.symmetric else QUERY, model_prompts, default_prompt_name)
-        return before_text(self.prompt, own)
+        model_prompt = prompt_of(SIMILARITY if self.symmetric else QUERY, model_prompts, default_prompt_name)
+        return before_text(self.prompt, model_prompt)
 
     def column_sides(self, columns: Iterable[str]) -> dict[str, str]:
         """Which columns are cut as queries and which as documents; a symmetric task's texts are neither."""
@@ -127,7 +118,7 @@ class Task:
 
 
 def known_task(name: str) -> Task:
-    """The task of a public data set, with this package's instruction for it (``data/tasks.json``).
+    """The task of a public data set, with this package's instruction for it (``tasks.json``).
 
     Another setting is ``dataclasses.replace(known_task("scifact"), negatives=7)``. Its name may be written as mteb
     does, such as ``SciFact`` or ``Banking77Classification``.
@@ -135,15 +126,15 @@ def known_task(name: str) -> Task:
     Raises:
         ValueError: for a name that is not there, with the nearest that are.
     """
-    known = json.loads(resources.files(__package__).joinpath("data/tasks.json").read_text(encoding="utf-8"))
-    found = next((own for own in known if same_task(own, name)), None)
-    if found is None:
-        near = get_close_matches(name.lower(), known, n=5)
+    tasks = json.loads(resources.files(__package__).joinpath("tasks.json").read_text(encoding="utf-8"))
+    task_name = next((task for task in tasks if same_task(task, name)), None)
+    if task_name is None:
+        near = get_close_matches(name.lower(), tasks, n=5)
         raise ValueError(
-            f"No task is known as {name!r}. {'Near it' if near else 'Known'}: {', '.join(near or known)}. Fix: one of "
+            f"No task is known as {name!r}. {'Near it' if near else 'Known'}: {', '.join(near or tasks)}. Fix: one of "
             f"these, or one of your own, Task({name!r}, 'what to do, in one sentence', kind)."
         )
-    return Task(found, **known[found])
+    return Task(task_name, **tasks[task_name])
 
 
 def same_task(name: str, other: str) -> bool:
@@ -159,7 +150,8 @@ def _spelled(name: str) -> str:
 def prompt_of(names: Iterable[str], model_prompts: Mapping[str, str], default_prompt_name: str | None) -> str:
     """What ``encode_query`` (of ``QUERY``) and ``encode_document`` (of ``DOCUMENT``) put before a text: the first of
     these prompts that the model has, even an empty one, or else its default; "" for none."""
-    return model_prompts.get(next((name for name in names if name in model_prompts), default_prompt_name)) or ""
+    prompt_name = next((name for name in names if name in model_prompts), default_prompt_name)
+    return "" if prompt_name is None else model_prompts.get(prompt_name) or ""
 
 
 def before_text(instruction: str, model_prompt: str) -> str:

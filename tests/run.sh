@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: installs into .venv, then runs ruff and pytest. Arguments go to pytest. HOSTS=lowest or HOSTS=newest runs
+# All checks: installs into .venv, then runs ruff, mypy and pytest. Arguments go to pytest. HOSTS=lowest or HOSTS=newest runs
 # them on other versions of the host libraries (see examples/install.sh).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,4 +13,5 @@ names = ('sentence-transformers', 'transformers', 'torch', 'peft', 'datasets', '
 print('Tested on', ', '.join(f'{name} {version(name)}' for name in names))"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
+[ "${HOSTS:-locked}" != locked ] || "$venv/bin/mypy"
 "$venv/bin/python" -m pytest "$@"

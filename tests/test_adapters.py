@@ -18,16 +18,16 @@ from sentence_transformers import SentenceTransformer
 from test_convert_nv_embed import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig
 
+from examples.architectures.survey import decoder_types, tiny_config
+from examples.demo.llm import bundled_llm
 from st_llm_embed import build_model
-from st_llm_embed.architectures import decoder_types, tiny_config
 from st_llm_embed.cli import main
 from st_llm_embed.convert import load_nv_embed
-from st_llm_embed.demo import bundled_llm
 from st_llm_embed.hub import publish, save_sealed, seal
-from st_llm_embed.hub.trust import code_in
-from st_llm_embed.merging import merge_adapter
 from st_llm_embed.model import _lora_targets
 from st_llm_embed.modules import LLMBackbone
+from st_llm_embed.trust import code_in
+from st_llm_embed.weights.merging import merge_adapter
 
 TEXTS = ["the cat sat", "seven dogs were barking"]
 ENCODES = """

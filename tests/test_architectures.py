@@ -1,4 +1,4 @@
-"""The table of architectures: what the README says is what this transformers does."""
+"""The table of architectures: what its README says is what this transformers does."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import MODEL_MAPPING
+from transformers import MODEL_MAPPING, AutoModel
 
-from st_llm_embed.architectures import IMPLEMENTATIONS, as_markdown, decoder_types, examine, survey, tiny_config
-from st_llm_embed.cli import main
+from examples.architectures.survey import (
+    IMPLEMENTATIONS,
+    _joint_equals_separate,
+    as_markdown,
+    decoder_types,
+    examine,
+    survey,
+    tiny_config,
+)
+from examples.architectures.survey import main as run_survey
+from st_llm_embed.losses.joint_prompts import check_llm
+from st_llm_embed.modules.attention_mode import set_attention_mode
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[1] / "examples" / "architectures" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -31,19 +41,39 @@ def test_no_decoder_is_causal_by_accident_and_the_readme_says_so():
         assert table.split("\n", 2)[2].strip() in README
 
 
+@pytest.mark.slow
+def test_llms_whose_two_prompts_cannot_share_a_row_are_refused():
+    """Of all that attend causally, those whose joint row is measured to differ from its parts, and no others."""
+    refused = set()
+    for name in decoder_types():
+        for implementation in IMPLEMENTATIONS:
+            torch.manual_seed(0)
+            try:
+                model = AutoModel.from_config(tiny_config(name), attn_implementation=implementation).eval()
+                set_attention_mode(model, "causal", "keep")
+            except ValueError:  # it has no such attention, or is no causal LLM that can be proven
+                continue
+            try:
+                check_llm(model)
+            except ValueError:
+                refused.add(name)
+            assert (name not in refused) == _joint_equals_separate(model), (name, implementation)
+    assert {"jamba", "qwen3_next", "mamba", "bloom", "gpt_neo"} <= refused and "llama" not in refused
+
+
 def test_the_measurement_notices_a_model_that_is_causal_in_fact(monkeypatch):
     """Were ``set_attention_mode`` to do nothing, the table would not say ``config``."""
-    monkeypatch.setattr("st_llm_embed.architectures.set_attention_mode", lambda model, *args, **kwargs: None)
+    monkeypatch.setattr("examples.architectures.survey.set_attention_mode", lambda model, *args, **kwargs: None)
     assert examine("llama", "sdpa").mode == "failed"
 
 
 def test_the_command_measures_what_it_is_asked(tmp_path, capsys):
-    assert main(["architectures", "llama", "gpt_neo", "--output", str(tmp_path / "table.md")]) == 0
+    run_survey(["llama", "gpt_neo", "--output", str(tmp_path / "table.md")])
     printed = capsys.readouterr().out
     assert "| config | config | yes | llama |" in printed and "| – | refused | no | gpt_neo (" in printed
     assert (tmp_path / "table.md").read_text() == printed.removesuffix("\n")
-    assert main(["architectures", "lama"]) == 2
-    assert "Unknown model types ['lama']" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"Unknown model types \['lama'\]"):
+        run_survey(["lama"])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

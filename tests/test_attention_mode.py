@@ -12,11 +12,12 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoConfig, AutoModel, BartConfig, BertConfig, T5Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from examples.architectures.survey import tiny_config
 from st_llm_embed import LLMBackbone, PretextLoss, build_model
-from st_llm_embed.architectures import tiny_config
 from st_llm_embed.hub import save_sealed
-from st_llm_embed.modules.attention_mode import attending, set_attention_mode
-from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT
+from st_llm_embed.modules.attention_mask import attending
+from st_llm_embed.modules.attention_mode import set_attention_mode
+from st_llm_embed.recipes import EBAE_PROMPT, EBAR_PROMPT
 
 SHAPE = {
     "hidden_size": 32,

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed import build_model
-from st_llm_embed.averaging import average_checkpoints
 from st_llm_embed.cli import main
+from st_llm_embed.weights.averaging import average_checkpoints
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from sentence_transformers.base.model_card import generate_model_card
 from tokenizers.processors import TemplateProcessing
 
 from st_llm_embed import build_model
-from st_llm_embed.card import describe, finish_card, inherit_license
+from st_llm_embed.hub.card import describe, finish_card, inherit_license
 
 WORDS = {
     "nv-embed": ["2405.17428", "| attention | bidirectional", "latent attention (512 latents, 8 heads)"],

@@ -1,4 +1,4 @@
-"""The command line: the demo in its short form, and errors that teach."""
+"""The command line: errors that teach, help that is quick, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -14,71 +14,9 @@ import torch
 from conftest import save_llm
 from peft import LoraConfig
 
+import st_llm_embed
 from st_llm_embed import __version__, build_model
 from st_llm_embed.cli import main
-from st_llm_embed.demo import BUNDLED_ID, bundled_llm
-
-
-@pytest.mark.slow
-def test_the_demo_runs_from_end_to_end(tmp_path):
-    output = tmp_path / "demo"
-    assert main(["demo", "--smoke", "--output", str(output)]) == 0
-    assert sorted(file.name for file in output.iterdir()) == ["model", "report.json", "report.png"]
-    report = json.loads((output / "report.json").read_text())
-    assert report["base"] == BUNDLED_ID
-    phases = ["BM25", "before training", "after pretext", "after stage 1", "after stage 2"]
-    assert list(report["results"]) == phases
-    assert all(0 <= score <= 1 for scores in report["results"].values() for score in scores.values())
-    assert report["results"]["BM25"]["ndcg@10"] > 0.3  # the data is read as it should be
-    assert all({"ebae", "ebar"} <= set(row) for row in report["losses"]["pretext"])
-    assert report["search"].count("\n") == 5 * 4 - 1  # three modules for each question
-    card = (output / "model" / "README.md").read_text()
-    assert f"| after stage 2 | {report['results']['after stage 2']['ndcg@10']:.3f}" in card
-    assert f"base_model: {BUNDLED_ID}" in card and "license: apache-2.0" in card
-    assert 'SentenceTransformer("sentence_transformers_model_id", trust_remote_code=True)' in card
-    assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert [file.name for file in tmp_path.iterdir()] == ["demo"]
-
-
-@pytest.mark.slow
-def test_the_bundled_llm_survives_its_journey_from_gguf(tmp_path):
-    """Its layers cut or not, the rebuilt model is the one that transformers reads."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from st_llm_embed import build_model
-    from st_llm_embed.gguf import _parsed_once
-
-    file = bundled_llm()
-    with _parsed_once():
-        ours = build_model(file, "last-token", num_layers=2)
-        original = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    assert ours[0].config.num_hidden_layers == 2
-    ids = torch.tensor([[19556, 905, 2]])
-    with torch.no_grad():
-        expected = original.model.norm(original(ids, output_hidden_states=True).hidden_states[2])
-        torch.testing.assert_close(ours[0].model(ids).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
-    ours.save_pretrained(str(tmp_path / "saved"))  # which transformers refuses for the model it read
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--base", "no/such-model"], "base='no/such-model' could not be loaded. Give the Hub id"),
-        (["--num-layers", "99"], r"num_layers=99 is outside 1..30"),
-    ],
-)
-def test_bad_arguments_are_one_message(tmp_path, capsys, arguments, message):
-    output = tmp_path / "demo"
-    assert main(["demo", "--smoke", "--output", str(output), *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_used_output_folder_is_refused_at_once(tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("mine")
-    assert main(["demo", "--output", str(tmp_path)]) == 2
-    assert "exists and is not an empty folder" in capsys.readouterr().err
 
 
 def test_faults_of_files_are_one_message(tmp_path, capsys):
@@ -90,28 +28,74 @@ def test_faults_of_files_are_one_message(tmp_path, capsys):
         (folder / "model.safetensors").unlink()
     torch.save({"x": Path}, pickled / "pytorch_model.bin")
     (empty / "model.safetensors").write_bytes(b"")
+
+    def run(base: Path) -> str:
+        file = tmp_path / f"{base.name}.yaml"
+        data = {"read": "load_dataset", "path": "json", "data_files": str(rows), "split": "train", "instruction": "x"}
+        stages = [{"name": "one", "data": ["docs"], "arguments": {"max_steps": 1}}]
+        whole = {
+            "output": str(tmp_path / "out"),
+            "model": {"base": str(base)},
+            "data": {"docs": data},
+            "stages": stages,
+        }
+        file.write_text(json.dumps(whole))
+        return str(file)
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"anchor": "a", "positive": "b", "negative": "c"}) + "\n")
     for command, message in (
         (["train", str(tmp_path / "config.yaml")], "config.yaml is not a YAML file"),
-        (["demo", "--smoke", "--base", str(empty), "--output", str(tmp_path / "out")], "header"),
-        (["demo", "--smoke", "--base", str(pickled), "--output", str(tmp_path / "out")], ""),
+        (["train", run(empty)], "header"),
+        (["train", run(pickled)], ""),
     ):
         assert main(command) == 2
         error = capsys.readouterr().err
         assert message in error and "st-llm-embed: error: " in error and "Traceback" not in error
 
 
-def test_help_and_version_are_quick_and_true(capsys):
-    for arguments, expected in ((["--help"], "demo"), (["demo", "--help"], "--smoke"), (["--version"], __version__)):
+def test_help_and_version_say_what_there_is(capsys):
+    for arguments, expected in ((["--help"], "mine"), (["mine", "--help"], "--corpus"), (["--version"], __version__)):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
         assert exit_.value.code == 0 and expected in capsys.readouterr().out
+
+
+def test_neither_the_package_nor_its_help_imports_torch():
+    script = """
+import sys, st_llm_embed
+from st_llm_embed.cli import main
+for arguments in (["--version"], ["--help"], ["train", "--help"], ["mine"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+heavy = {"torch", "transformers", "sentence_transformers", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+assert {*st_llm_embed.__all__} <= {*dir(st_llm_embed)}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_of_the_package_are_where_they_are_defined():
+    for name in st_llm_embed.__all__:
+        assert getattr(st_llm_embed, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'build_modell'"):
+        getattr(st_llm_embed, "build_" + "modell")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_shows_where_an_error_arose(tmp_path, capsys, debug):
+    assert main(["merge", str(tmp_path / "none"), str(tmp_path / "out"), *(["--debug"] if debug else [])]) == 2
+    assert ("Traceback" in (said := capsys.readouterr().err)) == debug and "st-llm-embed: error: " in said
 
 
 def test_what_nobody_expected_says_that_it_is_a_bug(tmp_path, capsys, monkeypatch):
     def fail(*_: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("st_llm_embed.averaging.average_checkpoints", fail)
+    monkeypatch.setattr("st_llm_embed.weights.average_checkpoints", fail)
     assert main(["average", "a", "b", "--output", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert "KeyError: 'surprise'" in said and "Traceback" in said and "this is a bug of this package" in said

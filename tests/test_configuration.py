@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from st_llm_embed.configuration import checked, declared, read_yaml, required
 from st_llm_embed.data import from_beir
-from st_llm_embed.training_args import LLMEmbedTrainingArguments
+from st_llm_embed.training.configuration import checked, declared, read_yaml, required
+from st_llm_embed.training.training_args import LLMEmbedTrainingArguments
 
 NUMBERS = {"2e-5": 2e-5, "1E3": 1000.0, "-1e2": -100.0, ".5e1": 5.0, "2.0e-5": 2e-5, "+3e0": 3.0, "7": 7}
 TEXTS = ["e5", "2e-5x", "1e", "0e1f", "intfloat/e5", "1_e5"]

@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from st_llm_embed.cli import main
 from st_llm_embed.convert import convert_llara
 from st_llm_embed.hub import check
-from st_llm_embed.tasks import RELEASE_TOKENS
+from st_llm_embed.recipes import RELEASE_TOKENS
 
 
 def checkpoint(folder: Path, files: str = "one") -> Path:

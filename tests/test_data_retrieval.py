@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 from st_llm_embed.data import (
     check_contrastive_columns,
+    consecutive_texts,
     from_beir,
     from_columns,
     from_judged_queries,
@@ -505,3 +506,17 @@ def test_spellings_of_one_text_are_one_text():
         ("ﬁsh", "a fish", "n1", "N1"),
     ]
     assert +counts == {"read": 3, "rows": 2, "contradictions": 2, "duplicates": 2, "identical": 1}
+
+
+def test_builders_say_what_they_left_out(tmp_path, caplog):
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"query": "a", "pos": ["b"]}, {"query": "a", "pos": ["b"]}, {"query": "c", "pos": [" ", "d"]}]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    from_judged_queries(str(rows))
+    assert "2 rows were made of 3 anchors. Left out: 1 duplicates, 1 empty." in caplog.text
+    caplog.clear()
+    consecutive_texts(["One.\n\nTwo.", "", "Alone."])
+    assert "1 rows were made of 3 documents. Left out: 1 empty documents, 1 documents of one text." in caplog.text
+    caplog.clear()
+    from_judged_queries(str(rows), counts=(counts := Counter()))
+    assert counts["duplicates"] == counts["empty"] == 1

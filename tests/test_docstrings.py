@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from st_llm_embed.data import load_standard_library
+from examples.demo.standard_library import load_standard_library
 
 
 def test_the_standard_library_is_split_by_module():

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
-from st_llm_embed.export import export_causal_lm
 from st_llm_embed.hub import save_sealed
+from st_llm_embed.weights.export import export_causal_lm
 
 
 def adapted(llm: str, recipe: str = "llara", **kwargs):

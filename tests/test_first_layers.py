@@ -12,8 +12,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
+from examples.architectures.survey import SIZES, decoder_types, tiny_config
 from st_llm_embed import build_model
-from st_llm_embed.architectures import SIZES, decoder_types, tiny_config
 from st_llm_embed.hub import seal
 from st_llm_embed.modules.first_layers import keep_first_layers
 

@@ -12,15 +12,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from examples.architectures.survey import main as run_survey
+from examples.demo.demo import run_demo
 from st_llm_embed import build_model
-from st_llm_embed.averaging import average_checkpoints
 from st_llm_embed.cli import main
 from st_llm_embed.convert import convert_llara, convert_nv_embed
-from st_llm_embed.demo import run_demo
 from st_llm_embed.evaluation import evaluate
-from st_llm_embed.export import export_causal_lm
-from st_llm_embed.hub import demand_empty, find_damaged, save_sealed, written_beside
-from st_llm_embed.stages import train_stages
+from st_llm_embed.files import check_empty, find_damaged, written_beside
+from st_llm_embed.hub import save_sealed
+from st_llm_embed.training import train_stages
+from st_llm_embed.weights.averaging import average_checkpoints
+from st_llm_embed.weights.export import export_causal_lm
 
 ABSENT = "no-such/model"
 STAGES = {"model": {"base": ABSENT}, "data": {"d": {"read": "from_beir", "folder": ABSENT}}}
@@ -36,10 +38,8 @@ WRITERS = {
     "train": lambda out: train_stages({**STAGES, "output": str(out)}),
 }
 COMMANDS = {
-    "architectures": ["llama", "--output", "{out}"],
     "average": [ABSENT, ABSENT, "--output", "{out}"],
     "convert": [ABSENT, "{out}"],
-    "demo": ["--base", ABSENT, "--output", "{out}"],
     "evaluate": [ABSENT, "--tasks", ABSENT, "--output", "{out}"],
     "export": [ABSENT, ABSENT, "{out}"],
     "merge": [ABSENT, "{out}"],
@@ -70,13 +70,18 @@ def test_commands_try_the_place_before_they_load_anything(tmp_path, capsys, comm
     assert f"{out} cannot be written: Not a directory. Choose another place" in capsys.readouterr().err
 
 
+def test_the_survey_tries_the_place_before_it_measures(tmp_path):
+    with pytest.raises(OSError, match="out cannot be written: Not a directory. Choose another place"):
+        run_survey(["llama", "--output", str(impossible(tmp_path)["below a file"])])
+
+
 def test_a_table_goes_into_new_folders_and_over_the_last_one(tmp_path, capsys):
     file = tmp_path / "new" / "table.md"
     for _ in range(2):
-        assert main(["architectures", "llama", "--output", str(file)]) == 0
+        run_survey(["llama", "--output", str(file)])
         assert file.read_text() + "\n" == capsys.readouterr().out
-    assert main(["architectures", "llama", "--output", str(tmp_path)]) == 2
-    assert "is a folder. Name a file" in capsys.readouterr().err
+    with pytest.raises(IsADirectoryError, match="is a folder. Name a file"):
+        run_survey(["llama", "--output", str(tmp_path)])
 
 
 def forked(act: Callable[[], object]) -> str:
@@ -109,7 +114,7 @@ def mounted(act: Callable[[], object], *mount: str | Path) -> str:
 
 
 def write(target: Path) -> None:
-    demand_empty(target)
+    check_empty(target)
     with written_beside(target) as staged:
         (staged / "1_Pooling").mkdir(parents=True)
         (staged / "modules.json").write_text("[]")
@@ -156,7 +161,7 @@ def test_a_disk_without_room_is_refused_before_the_work(llm, tmp_path):
     writers = {
         "save_sealed": lambda: save_sealed(model, small / "new" / "out"),
         "export": lambda: export_causal_lm(model, ABSENT, small / "out"),
-        "full": lambda: ((small / "all").write_bytes(bytes(100 * 1024)), demand_empty(small / "out")),
+        "full": lambda: ((small / "all").write_bytes(bytes(100 * 1024)), check_empty(small / "out")),
     }
     for name, write_there in writers.items():
         error = mounted(write_there, "-t", "tmpfs", "-o", "size=100k", "none", small)

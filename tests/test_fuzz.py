@@ -25,10 +25,11 @@ from peft import LoraConfig
 from test_trust import EVIL
 
 from st_llm_embed import build_model
-from st_llm_embed.averaging import average_checkpoints
 from st_llm_embed.cli import main
-from st_llm_embed.hub import load_trusted, save_sealed
+from st_llm_embed.hub import save_sealed
 from st_llm_embed.hub.checking import fresh_python
+from st_llm_embed.trust import load_trusted
+from st_llm_embed.weights.averaging import average_checkpoints
 
 FOLDERS = int(os.environ.get("FUZZ", "2000"))
 ONLY = [int(number) for number in os.environ.get("FUZZ_ONLY", "").split()]

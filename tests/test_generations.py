@@ -17,13 +17,14 @@ import pytest
 from conftest import TEXTS
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from st_llm_embed import build_model
 from st_llm_embed.hub import seal
-from st_llm_embed.merging import merge_adapter
-from st_llm_embed.model import RECIPES
+from st_llm_embed.recipes import RECIPES
+from st_llm_embed.weights.merging import merge_adapter
 
-STOCK_RECIPES = {"mean", "last-token"}
+STOCK_RECIPES = {name for name, recipe in RECIPES.items() if recipe.pooling is Pooling}
 FORMS = ("full", "adapter", "merged")
 SAMPLE = [
     ("nv-embed", "full"),

@@ -9,9 +9,10 @@ import json
 import pytest
 from datasets import Dataset
 
-from st_llm_embed.configuration import MOST_PARTS, read_yaml
 from st_llm_embed.data.corpus import load_corpus, read_corpus
-from st_llm_embed.data.sources import LONGEST_LINE, UNPACKED, load_rows, read_json_lines, read_lines
+from st_llm_embed.data.sources import load_rows
+from st_llm_embed.data.text_files import LONGEST_LINE, UNPACKED, read_json_lines, read_lines
+from st_llm_embed.training.configuration import MOST_PARTS, read_yaml
 
 
 def test_a_line_without_an_end_is_not_read_to_it(tmp_path):

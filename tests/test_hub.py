@@ -17,9 +17,9 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
-from st_llm_embed.hub import check, load_trusted, save_sealed, seal
-from st_llm_embed.hub.trust import code_in
-from st_llm_embed.merging import merge_adapter
+from st_llm_embed.hub import check, save_sealed, seal
+from st_llm_embed.trust import code_in, load_trusted
+from st_llm_embed.weights.merging import merge_adapter
 
 LOAD = """
 import sys

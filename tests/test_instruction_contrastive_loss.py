@@ -12,7 +12,7 @@ from peft import LoraConfig
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
 from st_llm_embed import InstructionContrastiveLoss, build_model
-from st_llm_embed.losses.instruction_contrastive import NONE
+from st_llm_embed.losses.row_labels import NONE
 
 WORDS = "the cat sat on a mat while seven dogs were barking at moon and quick brown fox jumped over them".split()
 

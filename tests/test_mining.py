@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
 from st_llm_embed.data import check_contrastive_columns, from_beir
-from st_llm_embed.mining import MiningReport, mine_negatives
+from st_llm_embed.mining.negatives import MiningReport, mine_negatives
 from st_llm_embed.modules.reference import TEXTS
 
 WORDS = [f"word{i}" for i in range(60)]
@@ -37,7 +37,7 @@ RESUMED = """
 import os, signal, sys
 from datasets import load_from_disk
 from sentence_transformers import SentenceTransformer
-from st_llm_embed.mining import mine_negatives
+from st_llm_embed.mining.negatives import mine_negatives
 folder = sys.argv[1]
 class Killed(SentenceTransformer):
     def encode(self, inputs, **kwargs):
@@ -181,7 +181,7 @@ def test_a_real_model_on_real_questions(shared):
 def test_shards_and_faiss_change_nothing(data, monkeypatch):
     rows, corpus = data
     mined, report = mine_negatives(rows, make_teacher(), corpus, range_min=1)
-    monkeypatch.setattr("st_llm_embed.mining.BLOCK", 7)
+    monkeypatch.setattr("st_llm_embed.mining.search.BLOCK", 7)
     again, its_report = mine_negatives(rows, make_teacher(), corpus, range_min=1, shard_size=13)
     assert again.to_dict() == mined.to_dict()
     assert its_report.dropped == report.dropped and its_report.histograms == report.histograms
@@ -486,7 +486,7 @@ def test_memory_is_what_each_anchor_needs(use_faiss):
 
 
 def test_the_negatives_of_an_anchor_with_many_positives_are_those_of_a_plain_loop(monkeypatch):
-    monkeypatch.setattr("st_llm_embed.mining.BLOCK", 7)
+    monkeypatch.setattr("st_llm_embed.mining.search.BLOCK", 7)
     rows = with_many_positives(30, rows=60)
     settings = {"num_negatives": 3, "range_min": 0, "range_max": 12}
     mined, report = mine_negatives(rows, make_teacher(), WORDS, shard_size=11, **settings)

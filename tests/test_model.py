@@ -11,8 +11,8 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
 from st_llm_embed import LatentAttentionPooling, LLMBackbone, build_model
-from st_llm_embed.model import RECIPES
-from st_llm_embed.stages import train_stages
+from st_llm_embed.recipes import RECIPES
+from st_llm_embed.training import train_stages
 
 TEXTS = ["", "a cat", "日本語 🐈 ñandú", "word " * 2000, "a cat"]
 

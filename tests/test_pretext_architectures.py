@@ -9,10 +9,10 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from examples.architectures.survey import tiny_config
 from st_llm_embed import LLMBackbone, PretextLoss, PromptTokenPooling
-from st_llm_embed.architectures import tiny_config
 from st_llm_embed.losses.pretext import bag_of_words_loss
-from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT
+from st_llm_embed.recipes import EBAE_PROMPT, EBAR_PROMPT
 
 TEXT = ["the cat sat on the mat", "seven dogs", "even dogs were barking at the moon and the cat"]
 NEXT = ["the quick brown fox", "", "sum of all numbers"]

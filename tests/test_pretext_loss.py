@@ -13,10 +13,12 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from examples.architectures.survey import tiny_config
 from st_llm_embed import LLMBackbone, PretextLoss, PromptTokenPooling, build_model
 from st_llm_embed.hub import seal
-from st_llm_embed.losses.pretext import _ChunkedCrossEntropy, bag_of_words_loss
-from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT, RELEASE_EBAE_PROMPT, RELEASE_EBAR_PROMPT
+from st_llm_embed.losses.chunked_cross_entropy import ChunkedCrossEntropy
+from st_llm_embed.losses.pretext import bag_of_words_loss
+from st_llm_embed.recipes import EBAE_PROMPT, EBAR_PROMPT, RELEASE_EBAE_PROMPT, RELEASE_EBAR_PROMPT
 
 TEXT = ["the cat sat on the mat", "dogs", "seven dogs were barking at the moon"]
 NEXT = ["the quick brown fox", "", "sum of all numbers"]
@@ -258,7 +260,7 @@ def test_the_chunked_cross_entropy_equals_the_plain_one(frozen):
     for chunked in (True, False):
         tensors = {name: value.clone().requires_grad_(name not in frozen) for name, value in given.items()}
         if chunked:
-            value = _ChunkedCrossEntropy.apply(*tensors.values(), targets)
+            value = ChunkedCrossEntropy.apply(*tensors.values(), targets)
         else:
             logits = nn.functional.linear(*tensors.values())
             value = nn.functional.cross_entropy(logits, targets, reduction="sum")
@@ -340,3 +342,13 @@ def test_refuses_models_prompts_and_columns_that_do_not_fit(llm):
     model.max_seq_length = 4
     with pytest.raises(ValueError, match=r"leaves no room for text within max_seq_length=4. Raise max_seq_length"):
         PretextLoss(model)
+
+
+@pytest.mark.parametrize("name", ["jamba", "bloom"])
+def test_an_llm_that_cannot_have_both_prompts_in_a_row_is_refused_at_once(tmp_path, name):
+    """A recurrence would carry EBAE's prompt into EBAR's embedding, without a word."""
+    config = tiny_config(name)
+    config.vocab_size = 710
+    base = save_llm(tmp_path / name, config=config)
+    with pytest.raises(ValueError, match=f"'{name}' .* cannot share a row"):
+        PretextLoss(build_model(base, "llara"), lm_head=torch.nn.Linear(32, 710))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from st_llm_embed import LLMBackbone, build_model
 from st_llm_embed.hub import seal
-from st_llm_embed.model import RECIPES
+from st_llm_embed.recipes import RECIPES
 
 TEXTS = ["a cat", "", "日本 dogs", "{text}", "a cat sat on the mat and " * 30]
 PROMPTS = [

@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed import build_model, publish
 from st_llm_embed.hub import save_sealed, seal
-from st_llm_embed.hub.publishing import demand_uploadable
+from st_llm_embed.hub.publishing import check_uploadable
 
 UPLOADS = f"""
 import json, sys
@@ -201,7 +201,7 @@ def test_publishing_an_adapter_is_a_choice(llm, tmp_path):
         publish(model, "org/name", adapter="both")
     model.save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(ValueError, match="The adapter's base is .*tiny-llama', a folder of this machine"):
-        demand_uploadable(tmp_path / "adapter")
+        check_uploadable(tmp_path / "adapter")
 
 
 def test_what_cannot_be_published_is_refused_at_once(llm, tmp_path):
@@ -211,7 +211,7 @@ def test_what_cannot_be_published_is_refused_at_once(llm, tmp_path):
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.truncate(51_000_000_000)  # of no blocks
     with pytest.raises(ValueError, match="files of at most 50 GB, and {'model.safetensors': 51000000000} are larger"):
-        demand_uploadable(tmp_path)
+        check_uploadable(tmp_path)
     model[0].model.config.quantization_config = {"quant_method": "bitsandbytes"}
     with pytest.raises(ValueError, match="The model is quantised"):
         save_sealed(model, tmp_path / "quantised")

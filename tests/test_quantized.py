@@ -9,8 +9,8 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed import InstructionContrastiveLoss, build_model
-from st_llm_embed.merging import merge_adapter
-from st_llm_embed.stages import train_stages
+from st_llm_embed.training import train_stages
+from st_llm_embed.weights.merging import merge_adapter
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

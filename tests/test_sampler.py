@@ -11,7 +11,8 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import Dataset
 from torch.utils.data import ConcatDataset, DataLoader
 
-from st_llm_embed.sampler import Source, TaskBatchSampler, apportion, hash_texts
+from st_llm_embed.losses.row_labels import number_texts
+from st_llm_embed.training.sampler import Source, TaskBatchSampler, apportion
 
 
 def source(name: str, count: int, different: int | None = None, **kwargs) -> Source:
@@ -250,5 +251,5 @@ def test_under_accelerate(monkeypatch):
 def test_spellings_of_one_text_have_one_number():
     """White space and the forms of Unicode: a positive in another spelling is no row's negative."""
     spellings = ["the café  is here", " the cafe\u0301 is\there\n", "the café is here"]
-    assert len(set(hash_texts(spellings).tolist())) == 1
-    assert len(set(hash_texts(["grep -i", "grep -I", "grepi"]).tolist())) == 3
+    assert len(set(number_texts(spellings).tolist())) == 1
+    assert len(set(number_texts(["grep -i", "grep -I", "grepi"]).tolist())) == 3

@@ -16,8 +16,8 @@ from conftest import save_llm
 from hub_server import TOKEN, hub_server, online
 
 from st_llm_embed import build_model
-from st_llm_embed.card import without_samples
 from st_llm_embed.hub import seal
+from st_llm_embed.hub.card import without_samples
 from st_llm_embed.hub.publishing import _uploaded
 
 TRAINS_AND_PUBLISHES = """

@@ -22,9 +22,12 @@ from sentence_transformers import SentenceTransformer
 from st_llm_embed.cli import main
 from st_llm_embed.data import windows
 from st_llm_embed.hub import save_sealed
-from st_llm_embed.merging import merge_adapter
-from st_llm_embed.stages import LOCK, READERS, Stage, _arguments, _last_checkpoint, _split, train_stages
 from st_llm_embed.tasks import Task
+from st_llm_embed.training import train_stages
+from st_llm_embed.training.run_config import Stage, stage_arguments
+from st_llm_embed.training.run_folder import LOCK, last_checkpoint
+from st_llm_embed.training.stage_data import READERS, splitter
+from st_llm_embed.weights.merging import merge_adapter
 
 QUIET = {
     "use_cpu": True,
@@ -210,7 +213,7 @@ WRONG = [
     (later(temperature=0), "Stage 'retrieval': temperature=0 must be positive"),
     (later(temperature="warm"), "temperature='warm'. It must be of the type float"),
     (later(lr_scheduler_type="cosin"), "Stage 'retrieval': cosin is not a valid SchedulerType"),
-    (later(eval_strategy="steps"), "Stage 'retrieval': .*didn't provide an `eval_dataset`"),
+    (later(eval_strategy="steps"), "Stage 'retrieval': eval_data=.. and eval_strategy='steps' do not go together"),
     (later(prompts={"anchor": "x"}), "Stage 'retrieval': tasks= sets the prompts"),
     (later(output_dir="x"), "has the argument 'output_dir', which follows from the output's folder"),
     (later(resume_from_checkpoint="x"), "has the argument 'resume_from_checkpoint'"),
@@ -221,7 +224,10 @@ WRONG = [
     (later(adam_beta1=2.0), "Stage 'retrieval': Invalid beta"),
     (later(lr_scheduler_kwargs={"number": 1}), "Stage 'retrieval': .*unexpected keyword argument 'number'"),
     (later(stage=2), "Stage 'retrieval': Task 'pairs' is trained without in-batch negatives, and its data set has no"),
-    (lambda s: s["stages"][1].update(loss={"form": "mean"}), "Stage 'retrieval' has loss=.*Leave it out"),
+    (
+        lambda s: s["stages"][1].update(loss={"form": "mean"}),
+        "Stage 'retrieval''s loss has form, of PretextLoss.*Leave it out",
+    ),
     (lambda s: s["stages"][1].update(name="../x"), "Stage 2 has name='../x'. It names a folder"),
     (
         lambda s: s["stages"][0].update(loss={"frm": "mean"}),
@@ -293,7 +299,7 @@ def test_two_processes_do_not_train_in_one_output(settings, tmp_path, monkeypatc
     command = [sys.executable, "-c", script + "    time.sleep(600)", str(output / LOCK)]
     other = subprocess.Popen(command, stdout=subprocess.PIPE)
     other.stdout.readline()
-    monkeypatch.setattr("st_llm_embed.stages.WAIT", 0)
+    monkeypatch.setattr("st_llm_embed.training.run_folder.WAIT", 0)
     with pytest.raises(RuntimeError, match="Another process is running in .*run. Wait for its end, or choose another"):
         train_stages(settings)
     assert not list(output.glob("*-*"))
@@ -342,7 +348,7 @@ def test_shared_arguments_reach_the_stages_that_they_have_an_effect_on():
     shared = {"learning_rate": 1e-4, "temperature": 0.5, "false_negative_margin": 0.9}
 
     def arguments_of(stages: list[Stage], **shared: object) -> list[dict]:
-        return _arguments(stages, data, {"seed": 0, "arguments": {"seed": 1, "report_to": [], **shared}})
+        return stage_arguments(stages, data, {"seed": 0, "arguments": {"seed": 1, "report_to": [], **shared}})
 
     always = {"seed": 1, "report_to": []}
     first, second, third = arguments_of(stages, **shared)
@@ -357,10 +363,10 @@ def test_shared_arguments_reach_the_stages_that_they_have_an_effect_on():
 
 
 def test_splits_and_readers_by_name():
-    assert _split(7)("a cat sat down") == windows(7)("a cat sat down")
-    assert _split("sentences")("A cat. A dog.") == ["A cat.", "A dog."] and _split(None)("a\n\nb") == ["a", "b"]
+    assert splitter(7)("a cat sat down") == windows(7)("a cat sat down")
+    assert splitter("sentences")("A cat. A dog.") == ["A cat.", "A dog."] and splitter(None)("a\n\nb") == ["a", "b"]
     with pytest.raises(ValueError, match="split='words' is unknown"):
-        _split("words")
+        splitter("words")
     assert {"from_beir", "from_nli", "load_from_disk"} < set(READERS) and "eval" not in READERS
 
 
@@ -370,7 +376,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed(tmp_path):
         save_file({"weight": torch.ones(2)}, tmp_path / f"checkpoint-{step}" / "model.safetensors")
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 @pytest.mark.slow
@@ -402,7 +408,7 @@ def test_killed_and_started_again_is_as_if_never_killed(settings, tmp_path):
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
     losses = []
     for run in (whole.parent, folder):
-        state = json.loads((Path(_last_checkpoint(run)) / "trainer_state.json").read_text())
+        state = json.loads((Path(last_checkpoint(run)) / "trainer_state.json").read_text())
         losses.append([row["loss"] for row in state["log_history"]])
     assert len(losses[0]) == 9 and losses[1] == pytest.approx(losses[0], abs=1e-4)
 
@@ -423,7 +429,7 @@ def run(settings: dict, file: Path, launcher: list[str]) -> dict[str, list[float
     assert done.returncode == 0, done.stderr[-3000:]
     losses = {}
     for folder in Path(settings["output"]).glob("*-*"):
-        state = json.loads((Path(_last_checkpoint(folder)) / "trainer_state.json").read_text())
+        state = json.loads((Path(last_checkpoint(folder)) / "trainer_state.json").read_text())
         losses[folder.name] = [row["loss"] for row in state["log_history"] if "loss" in row]
     return losses
 

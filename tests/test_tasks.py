@@ -11,7 +11,7 @@ import pytest
 
 from st_llm_embed.tasks import KINDS, Task, known_task
 
-KNOWN = json.loads(resources.files("st_llm_embed").joinpath("data/tasks.json").read_text(encoding="utf-8"))
+KNOWN = json.loads(resources.files("st_llm_embed").joinpath("tasks.json").read_text(encoding="utf-8"))
 
 
 def test_every_known_task_is_a_plain_sentence():

@@ -32,11 +32,11 @@ from st_llm_embed import (
     PretextLoss,
     Task,
     build_model,
-    training_args,
 )
 from st_llm_embed.data import consecutive_texts, from_class_examples, sentences
-from st_llm_embed.losses.instruction_contrastive import NONE
+from st_llm_embed.losses.row_labels import NONE
 from st_llm_embed.tasks import encoding_prompts
+from st_llm_embed.training import training_args
 
 DOCS = Task("docs", "Given a question, retrieve passages that answer it")
 TOPICS = Task("topics", "Identify the topic", "classification")
@@ -86,7 +86,7 @@ def test_both_stages_train_every_weight_and_save_the_prompts(llm, tmp_path, stag
     data = {"docs": rows(), "topics": rows(1)}
     trainer = LLMEmbedTrainer(model, arguments(tmp_path, stage=stage, max_steps=4), data, tasks=[DOCS, TOPICS])
     assert trainer.loss.in_batch_negatives == (stage == 1)
-    assert trainer.groups == {"docs": 0 if stage == 1 else NONE, "topics": NONE}
+    assert trainer.plan.groups == {"docs": 0 if stage == 1 else NONE, "topics": NONE}
     assert trainer.loss.scale == pytest.approx(50)
     trainer.train()
     assert moved(model, before) == set(before)
@@ -399,7 +399,7 @@ def test_in_batch_negatives_and_blending_may_be_set_for_an_ablation(llm, tmp_pat
     ):
         args = arguments(tmp_path, stage=stage, in_batch_negatives=on)
         trainer = LLMEmbedTrainer(model, args, data, tasks=[DOCS, TOPICS])
-        assert list(trainer.groups.values()) == groups and trainer.args.blended == blended
+        assert list(trainer.plan.groups.values()) == groups and trainer.args.blended == blended
         assert trainer.loss.in_batch_negatives == (groups != [NONE, NONE])
 
 
@@ -492,7 +492,7 @@ def test_pooling_that_cannot_leave_out_blended_prompts_is_refused(llm, tmp_path)
         with torch.no_grad():
             vectors = model(features[0])["sentence_embedding"].numpy()
         for i, name in enumerate(names):
-            expected = model.encode(rows(1)[i]["anchor"], prompt=trainer.tasks[name].prompt)
+            expected = model.encode(rows(1)[i]["anchor"], prompt=trainer.plan.tasks[name].prompt)
             assert vectors[i] == pytest.approx(expected, abs=1e-6)
     stock.set_pooling_include_prompt(True)
     LLMEmbedTrainer(stock, arguments(tmp_path, stage=2), data, tasks=[DOCS, TOPICS])

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed import build_model
-from st_llm_embed.averaging import average_checkpoints
 from st_llm_embed.cli import main
-from st_llm_embed.export import export_causal_lm
-from st_llm_embed.hub import check, load_trusted, save_sealed
-from st_llm_embed.hub.trust import RELEASED, code_in, demand_data
+from st_llm_embed.hub import check, save_sealed
+from st_llm_embed.trust import check_data, code_in, load_trusted
+from st_llm_embed.trust.code import RELEASED
+from st_llm_embed.weights.averaging import average_checkpoints
+from st_llm_embed.weights.export import export_causal_lm
 
 STORED = Path(__file__).with_name("stored")
 EVIL = """open({marker!r}, "w").write("ran")
@@ -207,7 +208,7 @@ REFUSED: dict[str, Callable[[Path, str, Path], None]] = {
     "a class of another repository": module("org/other--evil.Evil"),
     "a function": module("os.system"),
     "a class of Python": module("subprocess.Popen"),
-    "a function of this package": module("st_llm_embed.demo.run_demo"),
+    "a function of this package": module("st_llm_embed.training.stages.train_stages"),
     "what a known file imports": module("llm_backbone.Path"),
     "what a stock file imports": module("sentence_transformers.base.model.pickle"),
     "a stock function": module("sentence_transformers.util.misc.import_from_string"),
@@ -518,7 +519,7 @@ def test_files_made_to_hurt_end_in_one_message(sealed, tmp_path, damage, capsys)
     make, message = DAMAGES[damage]
     make(folder)
     with pytest.raises(ValueError, match=message):
-        demand_data(folder)
+        check_data(folder)
     for command in ("check", "evaluate", "average", "merge", "mine"):
         assert main(arguments(command, folder, tmp_path)) == 2
         error = capsys.readouterr().err
@@ -582,12 +583,12 @@ def test_links_are_not_followed_out_of_a_folder_named_as_the_hubs(sealed, tmp_pa
     (tmp_path / "archive" / "hidden.json").write_text("{}")
     (folder / "notes.json").symlink_to(tmp_path / "archive" / "hidden.json")
     with pytest.raises(ValueError, match="lead out of the folder"):
-        demand_data(folder)
+        check_data(folder)
     (folder / "notes.json").unlink()
     (tmp_path / "archive" / "blobs").mkdir()
     shutil.move(folder / "config.json", tmp_path / "archive" / "blobs" / "0")
     (folder / "config.json").symlink_to(tmp_path / "archive" / "blobs" / "0")  # as in the Hub's cache
-    demand_data(folder)
+    check_data(folder)
 
 
 def test_an_adapters_base_is_looked_through_too(llm, sealed, tmp_path, monkeypatch):
@@ -653,8 +654,11 @@ def test_oddities_of_a_config_are_one_message(tmp_path, capsys):
     kept = json.loads((base / "config.json").read_text())
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"anchor": "a", "positive": "b"}\n' * 2)
+    data = {"read": "load_dataset", "path": "json", "data_files": str(rows), "split": "train", "instruction": "Find"}
+    config = {"output": str(tmp_path / "run"), "model": {"base": str(base)}, "data": {"rows": data}}
+    (tmp_path / "train.yaml").write_text(json.dumps({**config, "stages": [{"name": "a", "data": ["rows"]}]}))
     for changes, command in (
-        ({"hidden_act": "nope"}, ["demo", "--smoke", "--base", str(base), "--output", str(tmp_path / "out")]),
+        ({"hidden_act": "nope"}, ["train", str(tmp_path / "train.yaml")]),
         ({"architectures": [1]}, ["mine", str(rows), str(base), "--output", str(tmp_path / "out")]),
         ({"model_type": "nvembed", "text_config": [1]}, ["convert", str(base), str(tmp_path / "out")]),
     ):

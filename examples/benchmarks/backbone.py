@@ -1,6 +1,6 @@
 """What LLMBackbone costs next to sentence-transformers' own Transformer, on SmolLM2-135M with all its 30 layers.
 
-    python examples/benchmarks/backbone.py
+    python -m examples.benchmarks.backbone
 
 Forward: the same weights in both modules, texts of 16, 64 and 256 tokens in batches of 8, tokenized and run in turns;
 the figure is the median of the ratios of neighbours. Probe: its time while a saved folder loads, against the
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from sentence_transformers import SentenceTransformer
 
+from examples.demo.llm import bundled_llm
 from st_llm_embed import build_model
-from st_llm_embed.demo import bundled_llm
 from st_llm_embed.hub import save_sealed
 
 LOAD = """

@@ -1,6 +1,6 @@
 """The main job on a GPU against the CPU, on tiny random LLMs: vectors, precisions, training, sealing, adapters.
 
-    python examples/benchmarks/gpu.py
+    python -m examples.benchmarks.gpu
 
 Needs a GPU and no network; about a minute. Prints one line for each step, with its figure.
 """
@@ -23,9 +23,9 @@ from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, Task, build
 from st_llm_embed.data import consecutive_texts, sentences
 from st_llm_embed.hub import check, fresh_python, save_sealed
 from st_llm_embed.losses import PretextLoss
-from st_llm_embed.merging import merge_adapter
-from st_llm_embed.mining import mine_negatives
-from st_llm_embed.model import RECIPES
+from st_llm_embed.mining.negatives import mine_negatives
+from st_llm_embed.recipes import RECIPES
+from st_llm_embed.weights.merging import merge_adapter
 
 OVERRIDES = {"nv-embed": {"num_latents": 16, "num_heads": 2, "head_dim": 32}}
 PAIRS = Dataset.from_dict(

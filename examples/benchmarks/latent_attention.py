@@ -1,6 +1,6 @@
 """What latent attention pooling costs next to SmolLM2-135M, in the form of this package and in the literal one.
 
-    python examples/benchmarks/latent_attention.py
+    python -m examples.benchmarks.latent_attention
 
 The literal form does what the released NV-Embed code does: it repeats the latents for every text of the batch,
 projects keys and values for each, and runs every step on padding too. Both hold the same weights, run in turns on 2
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from peak_memory import PeakMemory
 from torch import Tensor
 
+from examples.demo.llm import bundled_llm
 from st_llm_embed import LatentAttentionPooling, LLMBackbone, build_model
-from st_llm_embed.demo import bundled_llm
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 

@@ -1,6 +1,6 @@
 """What it saves to put texts of all columns through the model in groups of like length.
 
-    python examples/benchmarks/length_groups.py
+    python -m examples.benchmarks.length_groups
 
 Forward and backward on SmolLM2-135M with 4 layers, against sentence-transformers' way (anchors, then all documents
 together), on batches of the demo's two tasks: summaries of Python's documentation with what they describe, and blended
@@ -15,9 +15,10 @@ import time
 import torch
 from sentence_transformers.base.losses.merged_forward import embed_columns
 
+from examples.demo.demo import PACKAGES, RETRIEVAL
+from examples.demo.llm import bundled_llm
+from examples.demo.standard_library import load_standard_library
 from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, build_model
-from st_llm_embed.data import load_standard_library
-from st_llm_embed.demo import PACKAGES, RETRIEVAL, bundled_llm
 from st_llm_embed.losses.length_groups import embed_by_length
 
 ROUNDS = 12

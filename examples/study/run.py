@@ -1,6 +1,6 @@
 """The study's rows: train each as ``study.yaml`` says, evaluate it on all test sets, keep the figures.
 
-    python examples/study/run.py --data ../shared/data --output study-cpu --size cpu --seeds 0
+    python -m examples.study.run --data ../shared/data --output study-cpu --size cpu --seeds 0
 
 Each row is a configuration of ``st-llm-embed train``. A row whose figures are there is not run again; a stage that
 another row began with in the same way is taken from there. Several processes may share the work by seed.
@@ -19,20 +19,20 @@ from typing import Any
 import mteb
 import torch
 import yaml
-from prepare import TEACHER, TEXT
 from sentence_transformers import SentenceTransformer
-from study import STUDY, parser_of
 from torch import Tensor
 from transformers import set_seed
 
+from examples.demo.llm import bundled_llm
+from examples.study.prepare import TEACHER, TEXT
+from examples.study.study import STUDY, parser_of
 from st_llm_embed import LLMEmbedTrainer, LLMEmbedTrainingArguments, PretextLoss, build_model
-from st_llm_embed.averaging import average_checkpoints
 from st_llm_embed.data import consecutive_texts
 from st_llm_embed.data.sources import load_rows
-from st_llm_embed.demo import bundled_llm
 from st_llm_embed.evaluation import evaluate, local_task
-from st_llm_embed.hub import written_beside
-from st_llm_embed.stages import train_stages
+from st_llm_embed.files import written_beside
+from st_llm_embed.training import train_stages
+from st_llm_embed.weights.averaging import average_checkpoints
 
 NOT_MODEL = {"stages", "negatives", "classes", "against", "after", "size"}
 CLOZE = f"{TEXT}_cloze"

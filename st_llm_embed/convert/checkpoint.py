@@ -17,8 +17,8 @@ from sentence_transformers.base.modules.module import Module
 from torch import Size, Tensor
 from transformers.modeling_utils import load_state_dict
 
-from st_llm_embed.hub.folders import write_json
-from st_llm_embed.hub.trust import fetch, read_json
+from st_llm_embed.files import read_json, write_json
+from st_llm_embed.trust import fetch
 
 FILES = ["*.json", "*.safetensors", "tokenizer.model", "README.md"]  # no *.py
 
@@ -37,8 +37,13 @@ def local_checkpoint(source: str | Path) -> Path:
     return root
 
 
+def is_nv_embed(source: str | Path) -> bool:
+    """Is a published checkpoint, a folder or a Hub id, one of NV-Embed?"""
+    return read_json(local_checkpoint(source) / "config.json").get("model_type") == "nvembed"
+
+
 def find_shards(root: Path) -> list[Path]:
-    """The files of its weights: safetensors, or else PyTorch's pickles.
+    """The files of a checkpoint's weights: safetensors, or else PyTorch's pickles.
 
     Raises:
         ValueError: if there are none, or the index names files outside the folder.
@@ -62,7 +67,7 @@ def find_shards(root: Path) -> list[Path]:
 
 
 def names_and_shapes(shards: list[Path]) -> Iterator[tuple[str, Size]]:
-    """Of every tensor, without reading the weights of safetensors."""
+    """The name and shape of every tensor, without reading the weights of safetensors."""
     for shard in shards:
         if shard.suffix == ".safetensors":
             with safe_open(shard, framework="pt") as tensors:
@@ -75,30 +80,34 @@ def names_and_shapes(shards: list[Path]) -> Iterator[tuple[str, Size]]:
 def check_tensors(
     shards: list[Path], expected: Mapping[Any, Size], new_name: Callable[[str], Any], ignored: tuple[str, ...] = ()
 ) -> None:
-    """Names and shapes of a checkpoint against those of the modules that will load it.
+    """Check the names and shapes of a checkpoint against those of the modules that will load it.
 
     Args:
-        shards: its files.
+        shards: the files of the checkpoint's weights.
         expected: the shape of every tensor, by its name here.
-        new_name: a published name's name here.
-        ignored: endings of published names that may be there and do not count.
+        new_name: a function from a tensor's published name to its name here.
+        ignored: the endings of published names that may be there and do not count.
 
     Raises:
         ValueError: naming the tensors that are unknown, missing or of another shape.
     """
-    unknown, found, wrong = [], set(), []
+    unknown, present, wrong_shapes = [], set(), []
     for name, shape in names_and_shapes(shards):
         new = new_name(name)
         if new in expected:
-            found.add(new)
+            present.add(new)
             if expected[new] != shape:
-                wrong.append(f"{name} is {tuple(shape)}, not {tuple(expected[new])}")
+                wrong_shapes.append(f"{name} is {tuple(shape)}, not {tuple(expected[new])}")
         elif not name.endswith(ignored):
             unknown.append(name)
-    missing = ["".join(new) for new in expected if new not in found]
+    missing = ["".join(new) for new in expected if new not in present]
     problems = [
-        f"{what}: {', '.join(sorted(names))}"
-        for what, names in (("unknown tensors", unknown), ("missing tensors", missing), ("wrong shapes", wrong))
+        f"{problem}: {', '.join(sorted(names))}"
+        for problem, names in (
+            ("unknown tensors", unknown),
+            ("missing tensors", missing),
+            ("wrong shapes", wrong_shapes),
+        )
         if names
     ]
     if problems:
@@ -109,14 +118,15 @@ def copy_shards(shards: list[Path], folder: Path, change: Callable[[dict[str, Te
     """Write one safetensors file for each of the source's, one at a time in memory, in the source's precision.
 
     Args:
-        shards: the source's files.
-        folder: where to write.
-        change: gives the tensors to write for those of a shard.
+        shards: the files of the source's weights.
+        folder: the folder to write to.
+        change: a function from the tensors of a shard, by name, to those to write in their place.
     """
-    weight_map, size = {}, 0
+    weight_map: dict[str, str] = {}
+    size = 0  # bytes
     for number, shard in enumerate(shards, 1):
         # Tensors of a pickle may share memory. What else a pickle holds is refused by PyTorch.
-        part = {name: t.clone().contiguous() for name, t in change(load_state_dict(str(shard))).items()}
+        part = {name: tensor.clone().contiguous() for name, tensor in change(load_state_dict(str(shard))).items()}
         if part:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             save_file(part, folder / file, {"format": "pt"})
@@ -128,19 +138,21 @@ def copy_shards(shards: list[Path], folder: Path, change: Callable[[dict[str, Te
 
 
 def meta_shapes(module: torch.nn.Module) -> dict[str, Size]:
+    """The shape of every tensor of a module, by name."""
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def write_modules(
     folder: Path, modules: Mapping[str, type[Module]], backbone: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """What sentence-transformers needs beside the weights.
+    """Write the files that sentence-transformers needs beside the weights.
 
     Args:
         folder: the model's folder.
-        modules: each module's sub-folder, the backbone's being the empty string, and class.
+        modules: the class of each module by its sub-folder, which is the empty string for the backbone.
         backbone: the backbone's arguments.
-        settings: of ``config_sentence_transformers.json``: ``prompts`` and ``default_prompt_name``.
+        settings: the settings of the whole model for ``config_sentence_transformers.json``: ``prompts`` and
+            ``default_prompt_name``.
     """
     entries = [
         {"idx": i, "name": str(i), "path": path, "type": f"{module.__module__}.{module.__qualname__}"}
@@ -148,20 +160,20 @@ def write_modules(
     ]
     for path in modules:
         (folder / path).mkdir(exist_ok=True)
-    host = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", **settings}
-    contents = {"modules": entries, "sentence_bert_config": backbone, "config_sentence_transformers": host}
+    model_settings = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", **settings}
+    contents = {"modules": entries, "sentence_bert_config": backbone, "config_sentence_transformers": model_settings}
     for name, content in contents.items():
         write_json(folder / f"{name}.json", content)
 
 
 def write_card(folder: Path, text: str, recipe: str, **metadata: Any) -> None:
-    """The README.md of a converted model.
+    """Write the README.md of a converted model.
 
     Args:
-        folder: the model's.
-        text: Markdown.
-        recipe: a tag beside those of every text-embedding model.
-        **metadata: such as ``license`` and ``base_model``.
+        folder: the model's folder.
+        text: the card's text in Markdown.
+        recipe: the name of the recipe, a tag beside those of every text-embedding model.
+        **metadata: the card's metadata, such as ``license`` and ``base_model``.
     """
     data = ModelCardData(
         library_name="sentence-transformers",

@@ -25,12 +25,11 @@ from st_llm_embed.convert.checkpoint import (
     write_card,
     write_modules,
 )
-from st_llm_embed.hub import demand_empty, demand_room, seal, written_beside
-from st_llm_embed.hub.folders import write_json
-from st_llm_embed.hub.trust import loading, read_json, without_code
-from st_llm_embed.model import RECIPES
+from st_llm_embed.files import check_empty, check_room, read_json, write_json, written_beside
+from st_llm_embed.hub import seal
 from st_llm_embed.modules import LLMBackbone, PromptTokenPooling
-from st_llm_embed.tasks import RELEASE_TOKENS
+from st_llm_embed.recipes import RECIPES, RELEASE_TOKENS
+from st_llm_embed.trust import loading, without_code
 
 # Of the LM head, and of buffers that older versions of transformers saved.
 NOT_THE_BACKBONES = ("lm_head.weight", ".rotary_emb.inv_freq")
@@ -71,7 +70,7 @@ def convert_llara(source: str | Path, output: str | Path) -> Path:
             configuration says.
     """
     target = Path(output).resolve()
-    demand_empty(target)
+    check_empty(target)
     root = local_checkpoint(source)
     with loading(root):
         # False, for by default transformers asks on standard input.
@@ -87,7 +86,7 @@ def convert_llara(source: str | Path, output: str | Path) -> Path:
         llm = AutoModel.from_config(config)
     prefix = f"{llm.base_model_prefix}."
     check_tensors(shards, meta_shapes(llm), lambda name: name.removeprefix(prefix), NOT_THE_BACKBONES)
-    demand_room(target, sum(shard.stat().st_size for shard in shards))
+    check_room(target, sum(shard.stat().st_size for shard in shards))
     with written_beside(target) as staged:
         staged.mkdir()
         copy_shards(shards, staged, _without_head)

@@ -31,10 +31,10 @@ from st_llm_embed.convert.checkpoint import (
     write_card,
     write_modules,
 )
-from st_llm_embed.hub import demand_empty, demand_room, seal, written_beside
-from st_llm_embed.hub.folders import write_json
-from st_llm_embed.hub.trust import load_trusted, loading, read_json, without_code
+from st_llm_embed.files import check_empty, check_room, read_json, write_json, written_beside
+from st_llm_embed.hub import seal
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone
+from st_llm_embed.trust import load_trusted, loading, without_code
 
 LICENSE = "cc-by-nc-4.0"
 QUERY_PROMPT = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
@@ -84,14 +84,14 @@ def convert_nv_embed(source: str | Path, output: str | Path) -> Path:
             another shape than the configuration says.
     """
     target = Path(output).resolve()
-    demand_empty(target)
+    check_empty(target)
     root = local_checkpoint(source)
     settings = read_json(root / "config.json")
-    _demand_nv_embed(root, settings)
+    _check_nv_embed(root, settings)
     shards = find_shards(root)
     text_config, latent = _llm_config(settings), _latent_arguments(settings)
     check_tensors(shards, _expected_tensors(text_config, latent), _new_name)
-    demand_room(target, sum(shard.stat().st_size for shard in shards))
+    check_room(target, sum(shard.stat().st_size for shard in shards))
     with written_beside(target) as staged:
         staged.mkdir()
         text_config.dtype = _copy_tensors(shards, staged, staged / "1_LatentAttentionPooling")
@@ -108,8 +108,12 @@ def load_nv_embed(source: str | Path, **kwargs: Any) -> SentenceTransformer:
     checkpoint: to load it more than once, keep what ``convert_nv_embed`` writes.
 
     Args:
-        source: as for ``convert_nv_embed``.
-        **kwargs: arguments of ``SentenceTransformer``, such as ``model_kwargs={"dtype": "float32"}`` or ``device``.
+        source: a local folder or a Hub id, as for ``convert_nv_embed``.
+        **kwargs: further arguments of ``SentenceTransformer``, such as ``model_kwargs={"dtype": "float32"}`` or
+            ``device``.
+
+    Raises:
+        OSError, ValueError: as ``convert_nv_embed`` does.
     """
     with tempfile.TemporaryDirectory() as folder:
         converted = convert_nv_embed(source, Path(folder) / "model")
@@ -118,7 +122,7 @@ def load_nv_embed(source: str | Path, **kwargs: Any) -> SentenceTransformer:
     return model
 
 
-def _demand_nv_embed(root: Path, settings: dict[str, Any]) -> None:
+def _check_nv_embed(root: Path, settings: dict[str, Any]) -> None:
     if settings.get("model_type") != "nvembed":
         raise ValueError(
             f"{root} holds a {settings.get('model_type')!r} model. Convertible are those of model_type 'nvembed' "
@@ -131,11 +135,11 @@ def _demand_nv_embed(root: Path, settings: dict[str, Any]) -> None:
 
 def _llm_config(settings: dict[str, Any]) -> MistralConfig:
     """An ordinary Mistral configuration that makes any host bidirectional, without a window."""
-    known = set(MistralConfig().to_dict()) - {"architectures", "dtype", "transformers_version", "rope_parameters"}
-    given = {key: value for key, value in settings["text_config"].items() if key in known}
+    fields = set(MistralConfig().to_dict()) - {"architectures", "dtype", "transformers_version", "rope_parameters"}
+    llm_settings = {key: value for key, value in settings["text_config"].items() if key in fields}
     theta = settings["text_config"].get("rope_theta", 10000.0)
     config = MistralConfig(
-        **{**given, "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+        **{**llm_settings, "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     )
     config.is_causal = False
     config.architectures = ["MistralModel"]
@@ -157,13 +161,13 @@ def _latent_arguments(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _new_name(name: str) -> tuple[str, str] | None:
-    """A published tensor's part and name here: ``("", name)`` for the LLM, or None if it is not known."""
+    """A published tensor's part, ``BACKBONE`` or ``LATENT``, and its name here; None if it is not known."""
     if name.startswith(BACKBONE):
         return BACKBONE, name.removeprefix(BACKBONE)
     if name.startswith(LATENT):
         name = name.removeprefix(LATENT)
-        for theirs, ours in LATENT_NAMES.items():
-            name = name.replace(theirs, ours)
+        for old, new in LATENT_NAMES.items():
+            name = name.replace(old, new)
         return LATENT, name
     return None
 
@@ -177,12 +181,12 @@ def _expected_tensors(config: MistralConfig, latent: dict[str, Any]) -> dict[tup
 
 
 def _copy_tensors(shards: list[Path], backbone: Path, pooling: Path) -> str:
-    """The LLM shard by shard, and the latent layer in a file of its own; give the dtype of most of the LLM."""
+    """Write the LLM shard by shard, and the latent layer in a file of its own; give the dtype of most of the LLM."""
     latent: dict[str, Tensor] = {}
     dtypes: Counter[torch.dtype] = Counter()
 
     def llm_only(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        named = {_new_name(name): tensor for name, tensor in tensors.items()}
+        named = {new: tensor for name, tensor in tensors.items() if (new := _new_name(name))}
         latent.update({name: tensor for (part, name), tensor in named.items() if part == LATENT})
         llm = {name: tensor for (part, name), tensor in named.items() if part == BACKBONE}
         for tensor in llm.values():
@@ -196,7 +200,7 @@ def _copy_tensors(shards: list[Path], backbone: Path, pooling: Path) -> str:
 
 
 def _save_tokenizer(root: Path, settings: dict[str, Any], folder: Path) -> None:
-    """The released tokenizer.json to the letter: AutoTokenizer would replace its normaliser."""
+    """Write the released tokenizer.json to the letter: AutoTokenizer would replace its normaliser."""
     with loading(root):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(root)
     tokenizer.padding_side = settings.get("padding_side", "right")
@@ -226,7 +230,7 @@ def _write_modules(root: Path, folder: Path, settings: dict[str, Any], latent: d
 
 
 def _write_card(folder: Path, settings: dict[str, Any], source: str) -> None:
-    """Of a folder it names the release: what its config.json says may be a path of this machine."""
+    """Write the card. Of a folder it names the release: what its config.json says may be a path of this machine."""
     release = re.search(r"NV-Embed-v\d", settings.get("_name_or_path") or "")
     name = source if not Path(source).is_dir() else f"nvidia/{release[0] if release else 'NV-Embed-v2'}"
     text = CARD.format(name=name, prompt=QUERY_PROMPT.replace("\n", "\\n"))

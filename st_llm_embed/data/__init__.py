@@ -9,18 +9,21 @@ from .beir import from_beir
 from .classes import from_class_examples, from_class_labels
 from .columns import check_contrastive_columns, check_pretext_columns
 from .consecutive import consecutive_texts
-from .docstrings import StandardLibrary, load_standard_library
+from .corpus import load_corpus
 from .judged_queries import from_judged_queries
 from .ms_marco import from_ms_marco, from_ms_marco_triples
 from .nli import from_nli
 from .pairs import from_columns, from_parallel_text, from_sts
+from .rows import Judged, contrastive_dataset
+from .sources import load_rows
 from .splitting import paragraphs, sentences, windows
 
 __all__ = [
-    "StandardLibrary",
+    "Judged",
     "check_contrastive_columns",
     "check_pretext_columns",
     "consecutive_texts",
+    "contrastive_dataset",
     "from_beir",
     "from_class_examples",
     "from_class_labels",
@@ -31,7 +34,8 @@ __all__ = [
     "from_nli",
     "from_parallel_text",
     "from_sts",
-    "load_standard_library",
+    "load_corpus",
+    "load_rows",
     "paragraphs",
     "sentences",
     "windows",

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from datasets import Dataset, IterableDataset
 
 from .rows import Judged, contrastive_dataset
-from .sources import joined, plain_or_gz, read_json_lines, read_lines, text_or_empty
+from .sources import joined, text_or_empty
+from .text_files import plain_or_gz, read_json_lines, read_lines
 
 
 def from_beir(
@@ -32,12 +33,13 @@ def from_beir(
     """Each query of a split with each of its relevant documents.
 
     Args:
-        folder: of the set.
-        split: the file of judgements: ``qrels/{split}.tsv``.
+        folder: the folder of the data set, in BEIR's layout.
+        split: the split, which names the file of judgements: ``qrels/{split}.tsv``.
         min_score: the lowest score that makes a document relevant.
-        negatives: how many of the documents judged 0 or less each row gets. Scores in between count as neither.
+        negatives: how many of the documents judged 0 or less each row gets as hard negatives. Documents with scores
+            in between are neither positives nor negatives.
         seed, drop_short, streaming, counts: see ``contrastive_dataset``. Counted besides: ``missing queries`` and
-            ``missing documents``, judged but not in the files, and judgements ``below min_score``.
+            ``missing documents``, judged but not in the files, and judgements ``below min_score``, but above 0.
 
     Raises:
         FileNotFoundError: naming the file that is not there, and the splits that are.
@@ -52,22 +54,25 @@ def from_beir(
         needed = {document for documents in relevant.values() for document in documents}
         if negatives:
             needed.update(document for query in relevant for document in rejected.get(query, ()))
-        texts: dict[str, str] = {}
+        document_texts: dict[str, str] = {}
         for line in read_texts(corpus):
             if line.id in needed:
-                demand_one_text(corpus, line.id, texts.setdefault(line.id, line.document), line.document)
-        asked: dict[str, str] = {}
+                check_one_text(corpus, line.id, document_texts.setdefault(line.id, line.document), line.document)
+        query_texts: dict[str, str] = {}
         for line in read_texts(queries):
             if line.id in relevant:
-                demand_one_text(queries, line.id, asked.setdefault(line.id, line.text), line.text)
+                check_one_text(queries, line.id, query_texts.setdefault(line.id, line.text), line.text)
         for query, documents in relevant.items():
-            against = rejected.get(query, []) if negatives else []
-            counted["missing documents"] += sum(document not in texts for document in (*documents, *against))
-            if query not in asked:
+            hard_negatives = rejected.get(query, []) if negatives else []
+            counted["missing documents"] += sum(name not in document_texts for name in (*documents, *hard_negatives))
+            if query not in query_texts:
                 counted["missing queries"] += 1
                 continue
-            positives, others = ([texts[d] for d in ids if d in texts] for ids in (documents, against))
-            yield Judged(f"Query {query!r} of {qrels}", asked[query], positives, others)
+            positive_texts, negative_texts = (
+                [document_texts[name] for name in names if name in document_texts]
+                for names in (documents, hard_negatives)
+            )
+            yield Judged(f"Query {query!r} of {qrels}", query_texts[query], positive_texts, negative_texts)
 
     return contrastive_dataset(
         judged, negatives=negatives, seed=seed, drop_short=drop_short, streaming=streaming, counts=counts
@@ -114,15 +119,16 @@ def read_texts(file: str | Path) -> Iterator[TextLine]:
         yield TextLine(str(row["_id"]), *(text_or_empty(row.get(part), where) for part in ("title", "text")))
 
 
-def demand_one_text(file: Path, name: str, known: str | None, text: str) -> None:
+def check_one_text(file: Path, name: str, first_text: str | None, text: str) -> None:
     """Check that an id has one text. mteb and BEIR take the last of several: figures for a set that nobody meant.
 
     Raises:
         ValueError: naming the id and both texts.
     """
-    if known not in (None, text):
+    if first_text is not None and first_text != text:
         raise ValueError(
-            f"{file} has the id {name!r} for two texts, {known[:60]!r} and {text[:60]!r}. Fix: leave one of them out."
+            f"{file} has the id {name!r} for two texts, {first_text[:60]!r} and {text[:60]!r}. Fix: leave one of "
+            "them out."
         )
 
 

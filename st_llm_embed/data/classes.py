@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from datasets import Dataset
 
 from .normal_form import normal_form
 from .rows import Judged, contrastive_dataset
-from .sources import Source, check_source, label_names, one_label, source_rows, stripped
+from .sources import Label, Source, check_source, label_names, one_label, source_rows, stripped
 
 NEGATIVES = 7  # hard negatives for each query in NV-Embed
 
@@ -36,7 +37,7 @@ def from_class_examples(
 
     Args:
         source: a table, or a JSON lines file, plain or ``.gz``.
-        text, label: the names of these columns. Labels may be numbers or text.
+        text, label: the names of the columns of texts and of labels. Labels may be numbers or text.
         negatives, seed, counts: see ``contrastive_dataset``.
 
     Raises:
@@ -45,38 +46,40 @@ def from_class_examples(
             ``contrastive_dataset``.
     """
     check_source(source, {text: "text", label: "label"})
-    label_of = _labelled_texts(source, text, label, found := Counter())
+    reading_counts: Counter[str] = Counter()
+    label_of = _labelled_texts(source, text, label, reading_counts)
 
     def judged(counted: Counter[str]) -> Iterator[Judged]:
-        counted.update(found)
-        classes: dict[Hashable, list[str]] = {}
-        for example, of in label_of.items():
-            classes.setdefault(of, []).append(example)
-        if alone := [of for of, examples in classes.items() if len(examples) == 1]:
+        counted.update(reading_counts)
+        classes: dict[Label, list[str]] = {}
+        for example, example_label in label_of.items():
+            classes.setdefault(example_label, []).append(example)
+        if single := [class_label for class_label, examples in classes.items() if len(examples) == 1]:
             raise ValueError(
-                f"The class {alone[0]!r} has one text ({len(alone)} such classes), so no other can be its positive. "
-                f"Fix: dataset.filter(lambda row: row[{label!r}] != {alone[0]!r}), or from_class_labels, which needs "
+                f"The class {single[0]!r} has one text ({len(single)} such classes), so no other can be its positive. "
+                f"Fix: dataset.filter(lambda row: row[{label!r}] != {single[0]!r}), or from_class_labels, which needs "
                 "no second one."
             )
         # All texts class by class: those of the other classes are what is left without one slice.
         ordered = [example for examples in classes.values() for example in examples]
-        start, place = {}, {example: i for i, example in enumerate(ordered)}
-        for of, examples in classes.items():
-            start[of] = place[examples[0]]
-        for example, of in label_of.items():
+        place = {example: i for i, example in enumerate(ordered)}
+        start = {class_label: place[examples[0]] for class_label, examples in classes.items()}
+        for example, example_label in label_of.items():
             choose = random.Random(f"{seed}\n{example}")
-            first, size = start[of], len(classes[of])
+            first, size = start[example_label], len(classes[example_label])
             other = choose.randrange(size - 1)
-            positive = classes[of][other + (other >= place[example] - first)]
+            positive = classes[example_label][other + (other >= place[example] - first)]
             if negatives > (outside := len(ordered) - size):
-                raise ValueError(f"Outside the class {of!r} there are {outside} texts, too few for {negatives=}.")
+                raise ValueError(
+                    f"Outside the class {example_label!r} there are {outside} texts, too few for {negatives=}."
+                )
             chosen = choose.sample(range(outside), negatives)
             yield Judged(
                 f"Text {example[:60]!r}", example, [positive], [ordered[i + size * (i >= first)] for i in chosen]
             )
 
     rows = contrastive_dataset(judged, negatives=negatives, seed=seed, counts=counts)
-    numbers = {of: number for number, of in enumerate(dict.fromkeys(label_of.values()))}
+    numbers = {class_label: number for number, class_label in enumerate(dict.fromkeys(label_of.values()))}
     return rows.add_column("label", [numbers[label_of[anchor]] for anchor in rows["anchor"][:]])
 
 
@@ -85,7 +88,7 @@ def from_class_labels(
     *,
     text: str = "text",
     label: str = "label",
-    label_texts: Mapping[Hashable, str] | None = None,
+    label_texts: Mapping[Any, str] | None = None,
     negatives: int | None = None,
     seed: int = 0,
     counts: Counter[str] | None = None,
@@ -93,14 +96,15 @@ def from_class_labels(
     """Each text with its label's text, and with ``negatives`` of the other labels' texts.
 
     The source is read to its end and held in memory. A text of two classes is a contradiction: it is dropped. There is
-    no column ``label``: a class's rows share their positive, and a text that is right is no one's in-batch negative.
+    no column ``label``: a class's rows share their positive, and no row takes its own positive as in-batch negative.
 
     Args:
         source: a table, or a JSON lines file, plain or ``.gz``.
-        text, label: the names of these columns.
-        label_texts: what each label is called. Default: the names of a ``ClassLabel`` column, or the labels
-            themselves where they are text.
-        negatives: see ``contrastive_dataset``. Default: 7, or all other labels where there are fewer.
+        text, label: the names of the columns of texts and of labels.
+        label_texts: the text of each label. Default: the names of a ``ClassLabel`` column, or the labels themselves
+            where they are text.
+        negatives: how many of the other labels' texts each row gets as hard negatives. Default: 7, or all where there
+            are fewer.
         seed, counts: see ``contrastive_dataset``.
 
     Raises:
@@ -110,45 +114,47 @@ def from_class_labels(
     """
     check_source(source, {text: "text", label: "label"})
     names = label_names(source, label) if label_texts is None else label_texts
-    label_of = _labelled_texts(source, text, label, found := Counter())
+    reading_counts: Counter[str] = Counter()
+    label_of = _labelled_texts(source, text, label, reading_counts)
     labels = list(dict.fromkeys(label_of.values()))
-    called = [names.get(of, of) for of in labels]
-    if unnamed := [of for of in called if not isinstance(of, str)]:
+    named = [names.get(class_label, class_label) for class_label in labels]
+    if unnamed := [name for name in named if not isinstance(name, str)]:
         raise ValueError(
             f"The labels {unnamed[:5]} have no text. Fix: label_texts={{{unnamed[0]!r}: 'what it is called', ...}}, "
             "or label='the column of their texts'."
         )
-    others = len(called) - 1
+    texts = [name for name in named if isinstance(name, str)]
+    others = len(texts) - 1
     count = min(NEGATIVES, others) if negatives is None else negatives
     if others < max(count, 1):
-        raise ValueError(f"A row's negatives are the other labels' texts: {called} are too few for {negatives=}.")
+        raise ValueError(f"A row's negatives are the other labels' texts: {texts} are too few for {negatives=}.")
 
     def judged(counted: Counter[str]) -> Iterator[Judged]:
-        counted.update(found)
-        for example, of in label_of.items():
-            place = labels.index(of)
-            yield Judged(f"Text {example[:60]!r}", example, [called[place]], [*called[:place], *called[place + 1 :]])
+        counted.update(reading_counts)
+        for example, example_label in label_of.items():
+            place = labels.index(example_label)
+            yield Judged(f"Text {example[:60]!r}", example, [texts[place]], [*texts[:place], *texts[place + 1 :]])
 
     return contrastive_dataset(judged, negatives=count, seed=seed, counts=counts)
 
 
-def _labelled_texts(source: Source, text: str, label: str, counts: Counter[str]) -> dict[str, Hashable]:
+def _labelled_texts(source: Source, text: str, label: str, counts: Counter[str]) -> dict[str, Label]:
     """The label of each distinct text that has only one."""
-    label_of: dict[str, Hashable] = {}
-    spelled: dict[str, str] = {}  # by normal form
+    label_of: dict[str, Label] = {}
+    first_spelling: dict[str, str] = {}  # by normal form
     ambiguous = set()
     for where, row in source_rows(source, {text: "text", label: "label"}):
-        example, of = stripped(row[text], where), one_label(row[label], where)
-        if of is None:
+        example, example_label = stripped(row[text], where), one_label(row[label], where)
+        if example_label is None:
             raise ValueError(f"{where} has no {label!r}. Fix: dataset.filter(lambda row: row[{label!r}] is not None).")
-        known = spelled.setdefault(normal_form(example), example)
+        spelling = first_spelling.setdefault(normal_form(example), example)
         if not example:
             counts["empty"] += 1
-        elif known not in label_of:
-            label_of[known] = of
-        elif label_of[known] == of:
+        elif spelling not in label_of:
+            label_of[spelling] = example_label
+        elif label_of[spelling] == example_label:
             counts["duplicates"] += 1
         else:
-            ambiguous.add(known)
+            ambiguous.add(spelling)
     counts["contradictions"] += len(ambiguous)
-    return {example: of for example, of in label_of.items() if example not in ambiguous}
+    return {example: its_label for example, its_label in label_of.items() if example not in ambiguous}

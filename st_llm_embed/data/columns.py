@@ -21,26 +21,29 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, neg
     perhaps ``label``, the class as a whole number.
 
     Args:
-        dataset: the rows.
-        name: what an error calls them.
+        dataset: the data set to check.
+        name: the name of the data set in errors.
         negatives: how many columns of negatives there must be. Default: any number.
 
     Raises:
         ValueError: naming the data set, the column and the row, and the fix.
     """
     columns = list(dataset.column_names or [])
-    found = text_columns(columns[2:])
-    named = found == ["negative"] or all(re.fullmatch(r"negative_\d+", column) for column in found)
+    negative_columns = text_columns(columns[2:])
+    named = negative_columns == ["negative"] or all(
+        re.fullmatch(r"negative_\d+", column) for column in negative_columns
+    )
     if columns[:2] != ["anchor", "positive"] or not named:
         raise ValueError(
             f"Data set {name!r} has the columns {columns}. Expected, in this order: 'anchor', 'positive', then none, "
             "'negative', or 'negative_1', 'negative_2', ... Fix: dataset.rename_columns({'query': 'anchor', ...})"
             ".select_columns(['anchor', 'positive', ...])."
         )
-    if negatives is not None and len(found) != negatives:
+    if negatives is not None and len(negative_columns) != negatives:
         raise ValueError(
-            f"Data set {name!r} has {len(found)} columns of negatives, and its task asks for negatives={negatives}. "
-            f"Fix: build it with negatives={negatives}, mine them, or make the task with negatives={len(found)}."
+            f"Data set {name!r} has {len(negative_columns)} columns of negatives, and its task asks for negatives="
+            f"{negatives}. Fix: build it with negatives={negatives}, mine them, or make the task with negatives="
+            f"{len(negative_columns)}."
         )
     check_text(dataset, name, text_columns(columns))
     if "label" in columns:
@@ -51,10 +54,10 @@ def check_classes(dataset: Dataset | IterableDataset, name: str, column: str = "
     """Demand that a column has each row's class as a whole number: rows of one class take no positives of each other.
 
     Args:
-        dataset: the rows. Of a stream, only the column's type is known.
-        name: what an error calls them.
-        column: where the classes are.
-        several: demand more than one class.
+        dataset: the data set to check. Of a stream, only the column's type is known.
+        name: the name of the data set in errors.
+        column: the name of the column of classes.
+        several: whether to demand more than one class.
 
     Raises:
         ValueError: naming the data set, the column, its values and the fix.
@@ -64,19 +67,19 @@ def check_classes(dataset: Dataset | IterableDataset, name: str, column: str = "
     classes: set[int | None] = set()
     if not whole and not isinstance(feature, ClassLabel):
         shown = feature if isinstance(dataset, IterableDataset) else dataset.with_format(None)[:3][column]
-        wrong, fix = f"holds {shown}", f"dataset.class_encode_column({column!r})"
+        fault, fix = f"holds {shown}", f"dataset.class_encode_column({column!r})"
     else:
         if isinstance(dataset, Dataset):
             for batch in dataset.with_format("arrow").iter(batch_size=10_000):
                 classes.update(batch[column].unique().to_pylist())
         if None in classes:
-            wrong, fix = "is None in some rows", f"dataset.filter(lambda row: row[{column!r}] is not None)"
+            fault, fix = "is None in some rows", f"dataset.filter(lambda row: row[{column!r}] is not None)"
         elif several and len(classes) == 1 and len(dataset) > 1:
-            wrong, fix = f"is {classes.pop()} in every row", "add rows of other classes"
+            fault, fix = f"is {classes.pop()} in every row", "add rows of other classes"
         else:
             return
     raise ValueError(
-        f"Column {column!r} of data set {name!r} {wrong}. It is read as each row's class, a whole number, and rows of "
+        f"Column {column!r} of data set {name!r} {fault}. It is read as each row's class, a whole number, and rows of "
         f"one class take no positives of each other. Fix: {fix} if these are classes; dataset.remove_columns"
         f"({column!r}) if they are anything else, such as scores, or marks that the two texts match."
     )
@@ -109,6 +112,11 @@ def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None
 def check_text(
     dataset: Dataset | IterableDataset, name: str, columns: list[str], may_be_empty: tuple[str, ...] = ()
 ) -> None:
+    """Demand columns of text without empty ones, but in ``may_be_empty``. Of a stream, only the types are known.
+
+    Raises:
+        ValueError: naming the data set, the column and the row, and the fix; for no rows.
+    """
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"Data set {name!r} has no rows.")
     for column in columns:
@@ -124,10 +132,10 @@ def check_text(
     for batch in dataset.with_format("arrow").iter(batch_size=10_000):
         for column in columns:
             text = batch[column]
-            bad = pc.is_null(text)
+            refused = pc.is_null(text)
             if column not in may_be_empty:
-                bad = pc.or_kleene(bad, pc.equal(pc.utf8_trim_whitespace(text), ""))
-            row = pc.index(bad, True).as_py()
+                refused = pc.or_kleene(refused, pc.equal(pc.utf8_trim_whitespace(text), ""))
+            row = pc.index(refused, True).as_py()
             if row >= 0:
                 raise ValueError(
                     f"Row {first_row + row} of data set {name!r} has an empty {column!r}. Fix: dataset.filter(lambda "

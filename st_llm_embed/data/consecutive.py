@@ -5,15 +5,18 @@ Columns ``text, next``, or ``text, next, target`` where stop words are left out 
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value
 
 from .splitting import cut, paragraphs
 
+logger = logging.getLogger(__name__)
 WORD = re.compile(r"\w+(?:['’\-.]\w+)*")
 
 
@@ -35,13 +38,13 @@ def consecutive_texts(
             a string to its texts in order.
         document_column: the column that names each row's document, where a data set's rows are the texts of documents
             in order. Rows of one document follow each other.
-        max_characters: cut texts to this length, at white space.
-        stop_words: words, in lower case, that the embeddings need not predict, such as
+        max_characters: the length in characters that texts are cut to, at white space. Default: they are not cut.
+        stop_words: the words, in lower case, that the embeddings need not predict, such as
             ``sklearn.feature_extraction.text.ENGLISH_STOP_WORDS``. They and all punctuation are left out of ``next``
             and of ``target``, a third column with the other words of ``text``.
-        counts: emptied, then filled: ``documents``, those with a single text (``without next``), ``empty`` ones,
-            ``rows``, and ``duplicates``: rows whose ``text`` and ``next`` came before, of which the first is kept. For
-            a stream, as its rows pass, in the process that reads them.
+        counts: a counter, emptied and then filled: ``documents``, those with a single text (``without next``),
+            ``empty`` ones, ``rows``, and ``duplicates``: rows whose ``text`` and ``next`` came before, of which the
+            first is kept. For a stream, as its rows pass, in the process that reads them.
 
     Raises:
         ValueError: for a data set without the columns, or if no document has two texts; of a stream, when it is read
@@ -51,7 +54,7 @@ def consecutive_texts(
     if isinstance(documents, (Dataset, IterableDataset)):
         _check_columns(documents, document_column)
     columns = ["text", "next"] if stop_words is None else ["text", "next", "target"]
-    arguments = {
+    arguments: dict[str, Any] = {
         "documents": documents,
         "split": split,
         "document_column": document_column,
@@ -75,7 +78,7 @@ def _check_columns(documents: Dataset | IterableDataset, document_column: str | 
 
 
 def _rows(
-    documents: Iterable[str | Sequence[str] | dict[str, str]],
+    documents: Iterable[Any],
     split: Callable[[str], Sequence[str]],
     document_column: str | None,
     max_characters: int | None,
@@ -108,11 +111,16 @@ def _rows(
             f"No text has a next one: of {counts['documents']} documents, {counts['empty']} are empty and "
             f"{counts['without next']} have one text only. Split more finely: split=sentences, or windows(500)."
         )
+    kinds = {"empty": "empty documents", "without next": "documents of one text", "duplicates": "duplicate rows"}
+    removed = [f"{counts[name]:,} {kind}" for name, kind in kinds.items() if counts[name]]
+    if removed:
+        logger.warning(
+            f"{counts['rows']:,} rows were made of {counts['documents']:,} documents. Left out: {', '.join(removed)}."
+        )
 
 
-def _documents(
-    documents: Iterable[str | Sequence[str] | dict[str, str]], document_column: str | None
-) -> Iterator[str | Sequence[str]]:
+def _documents(documents: Iterable[Any], document_column: str | None) -> Iterator[str | Sequence[str]]:
+    """The documents one by one, each a text or its texts in order."""
     if document_column is not None:
         for _, rows in groupby(documents, key=lambda row: row[document_column]):
             yield [row["text"] or "" for row in rows]

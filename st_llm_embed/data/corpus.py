@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -11,18 +11,25 @@ from datasets import Dataset, Features, Value
 from datasets.fingerprint import get_temporary_cache_files_directory
 
 from .columns import check_text
-from .sources import joined, load_rows, plain_or_gz, text_or_empty
+from .sources import joined, load_rows, text_or_empty
+from .text_files import plain_or_gz
 
 
-def load_corpus(source: str) -> Dataset:
+def load_corpus(source: str | Path, columns: Mapping[str, str] | None = None) -> Dataset:
     """What ``load_rows`` reads; of a folder in BEIR's layout, the corpus alone.
 
+    Args:
+        source: the path, or the Hub id.
+        columns: the columns to rename, by their new names, such as ``{"text": "body", "title": "headline"}``.
+
     Raises:
+        FileNotFoundError: for a path that does not exist.
         ValueError: naming what could not be read as a data set.
     """
-    if any(Path(source).glob("corpus.jsonl*")):
-        source = str(plain_or_gz(Path(source, "corpus.jsonl")))
-    return load_rows(source)
+    path = Path(source).expanduser()
+    if any(path.glob("corpus.jsonl*")):
+        source = plain_or_gz(path / "corpus.jsonl")
+    return load_rows(source, columns=columns)
 
 
 def read_corpus(corpus: Dataset | Sequence[str]) -> Dataset:
@@ -57,9 +64,9 @@ def read_corpus(corpus: Dataset | Sequence[str]) -> Dataset:
 def _scratch(documents: Dataset) -> str | None:
     """Where to write what is made of documents on disk, lest it is written beside them; None for the library's choice,
     which is right in its own cache and in memory."""
-    cached = Path(datasets.config.HF_DATASETS_CACHE).resolve()
-    homes = [Path(file["filename"]).resolve() for file in documents.cache_files]
-    if all(home.is_relative_to(cached) for home in homes):
+    cache = Path(datasets.config.HF_DATASETS_CACHE).resolve()
+    files = [Path(file["filename"]).resolve() for file in documents.cache_files]
+    if all(file.is_relative_to(cache) for file in files):
         return None
     return str(Path(get_temporary_cache_files_directory(), f"{uuid4().hex}.arrow"))
 

@@ -27,7 +27,7 @@ def from_judged_queries(
     streaming: bool = False,
     counts: Counter[str] | None = None,
 ) -> Dataset | IterableDataset:
-    """Each query with each of its positives, and with ``negatives`` of its negatives.
+    """Each query with each of its positives, and with ``negatives`` of its hard negatives.
 
     Args:
         source: a JSON lines file, plain or ``.gz``, or a table with the same columns. Streams if it is a stream.
@@ -47,8 +47,8 @@ def from_judged_queries(
                     f"{where} has the columns {list(row)}. Needed: 'query', 'pos' and 'neg' (FlagEmbedding), or "
                     "'query', 'positive_passages' and 'negative_passages' (Tevatron). Fix: rename yours."
                 )
-            right, wrong = (_texts(row.get(column), where, column) for column in form)
-            yield Judged(where, row["query"], right, wrong)
+            positive_texts, negative_texts = (_texts(row.get(column), where, column) for column in form)
+            yield Judged(where, row["query"], positive_texts, negative_texts)
 
     next(judged(Counter()))  # refuse other forms now, not when a stream is read
     return contrastive_dataset(

@@ -23,10 +23,11 @@ from datasets import Dataset, IterableDataset
 
 from .beir import relevant_documents
 from .rows import Judged, contrastive_dataset
-from .sources import joined, read_lines, undamaged
+from .sources import joined
+from .text_files import read_lines, undamaged
 
 IDS_AT_ONCE = 100_000
-SPARE = 8  # candidates read beyond the negatives asked for: some repeat a positive's text under another id
+SPARE = 8  # documents read beyond the negatives asked for: some repeat a positive's text under another id
 
 
 def from_ms_marco(
@@ -47,13 +48,13 @@ def from_ms_marco(
     All files may be plain or ``.gz``.
 
     Args:
-        collection: ``collection.tsv`` or ``msmarco-docs.tsv``. A document's title and body are joined.
-        queries: ``queries.train.tsv``: id and text.
-        qrels: ``qrels.train.tsv``, in the form of TREC.
-        run: the documents that a retriever ranked for each query, such as ``msmarco-doctrain-top100``: lines of query,
-            document and rank, or of TREC's six fields, those of a query together.
+        collection: the file of documents, ``collection.tsv`` or ``msmarco-docs.tsv``. Title and body are joined.
+        queries: the file of queries, ``queries.train.tsv``: lines of id and text.
+        qrels: the file of judgements, ``qrels.train.tsv``, in the form of TREC.
+        run: the file of the documents that a retriever ranked for each query, such as ``msmarco-doctrain-top100``:
+            lines of query, document and rank, or of TREC's six fields, those of a query together.
         min_score: the lowest score that makes a document relevant.
-        negatives: how many of the query's documents in ``run`` that are not relevant each row gets.
+        negatives: how many of the query's documents in ``run`` that are not relevant each row gets as hard negatives.
         seed, drop_short, streaming, counts: see ``contrastive_dataset``. Counted besides: ``missing queries`` and
             ``missing documents``, those that the other files name but ``queries`` and ``collection`` lack.
 
@@ -64,23 +65,23 @@ def from_ms_marco(
     """
     if (run is None) != (negatives == 0):
         raise ValueError(f"run={str(run)!r} and negatives={negatives}: give both, or neither for pairs.")
-    _demand_files(collection, queries, qrels, *([] if run is None else [run]))
+    _check_files(collection, queries, qrels, *([] if run is None else [run]))
 
     def judged(counted: Counter[str]) -> Iterator[Judged]:
-        asked = dict(_fields(queries, 2))
+        query_texts = dict(_fields(queries, 2))
         relevant, _ = relevant_documents(qrels, min_score, counted)
         rankings = ((query, []) for query in relevant) if run is None else _rankings(run, relevant)
         with Collection(collection) as documents:
             for query, ranking in rankings:
-                if query not in asked:
+                if query not in query_texts:
                     counted["missing queries"] += 1
                     continue
-                wrong = [document for document in ranking if document not in relevant[query]]
-                size = min(len(wrong), negatives + SPARE)
-                chosen = sorted(random.Random(f"{seed}\n{query}").sample(range(len(wrong)), size))
-                positives = documents.texts(relevant[query], counted)
-                others = documents.texts([wrong[i] for i in chosen], counted)
-                yield Judged(f"Query {query!r} of {qrels}", asked[query], positives, others)
+                candidates = [document for document in ranking if document not in relevant[query]]
+                size = min(len(candidates), negatives + SPARE)
+                chosen = sorted(random.Random(f"{seed}\n{query}").sample(range(len(candidates)), size))
+                positive_texts = documents.texts(relevant[query], counted)
+                negative_texts = documents.texts([candidates[i] for i in chosen], counted)
+                yield Judged(f"Query {query!r} of {qrels}", query_texts[query], positive_texts, negative_texts)
 
     return contrastive_dataset(
         judged, negatives=negatives, seed=seed, drop_short=drop_short, streaming=streaming, counts=counts
@@ -96,28 +97,28 @@ def from_ms_marco_triples(
     counts: Counter[str] | None = None,
 ) -> Dataset | IterableDataset:
     """Each line of a file such as ``qidpidtriples.train.full.2.tsv``, of the ids of a query, a relevant passage and
-    another one, as a row with one negative.
+    another one, as a row with one hard negative.
 
     Args:
         collection, queries: see ``from_ms_marco``.
-        triples: lines of three ids, plain or ``.gz``.
+        triples: the file of triples, plain or ``.gz``: lines of three ids.
         streaming, counts: see ``contrastive_dataset``. Counted besides: ``missing queries`` and ``missing documents``.
 
     Raises:
         FileNotFoundError: for a file that is not there.
         ValueError: naming the file and the line that cannot be read.
     """
-    _demand_files(collection, queries, triples)
+    _check_files(collection, queries, triples)
 
     def judged(counted: Counter[str]) -> Iterator[Judged]:
-        asked = dict(_fields(queries, 2))
+        query_texts = dict(_fields(queries, 2))
         with Collection(collection) as documents:
             for query, positive, negative in _fields(triples, 3):
-                if query not in asked:
+                if query not in query_texts:
                     counted["missing queries"] += 1
                     continue
-                right, wrong = (documents.texts([document], counted) for document in (positive, negative))
-                yield Judged(f"Query {query!r} of {triples}", asked[query], right, wrong)
+                positive_texts, negative_texts = (documents.texts([name], counted) for name in (positive, negative))
+                yield Judged(f"Query {query!r} of {triples}", query_texts[query], positive_texts, negative_texts)
 
     # A line whose negative is not there, or is the positive, is no row.
     return contrastive_dataset(judged, negatives=1, drop_short=True, streaming=streaming, counts=counts)
@@ -141,9 +142,9 @@ class Collection:
             if len(ids) == IDS_AT_ONCE:
                 parts.append(np.array(ids))
                 ids.clear()
-        every = np.concatenate([*parts, np.array(ids, dtype=bytes)])
-        order = np.argsort(every, kind="stable")
-        self._ids, self._offsets = every[order], np.frombuffer(offsets, np.int64)[order]
+        all_ids = np.concatenate([*parts, np.array(ids, dtype=bytes)])
+        order = np.argsort(all_ids, kind="stable")
+        self._ids, self._offsets = all_ids[order], np.frombuffer(offsets, np.int64)[order]
 
     def __enter__(self) -> Collection:
         return self
@@ -186,14 +187,14 @@ def _seekable(file: Path) -> BinaryIO:
 
 def _rankings(run: str | Path, relevant: dict[str, list[str]]) -> Iterator[tuple[str, list[str]]]:
     """The ranked documents of each judged query of ``run``, and none for those that it leaves out."""
-    done = set()
+    ranked_queries = set()
     for query, lines in groupby(_ranked(run), key=lambda line: line[0]):
-        if query in done:
+        if query in ranked_queries:
             raise ValueError(f"{run} returns to query {query!r}. Fix: sort it by query, such as with sort -s -k1,1.")
-        done.add(query)
+        ranked_queries.add(query)
         if query in relevant:
             yield query, [document for _, document in lines]
-    yield from ((query, []) for query in relevant if query not in done)
+    yield from ((query, []) for query in relevant if query not in ranked_queries)
 
 
 def _ranked(run: str | Path) -> Iterator[tuple[str, str]]:
@@ -216,7 +217,7 @@ def _fields(file: str | Path, count: int) -> Iterator[list[str]]:
         yield fields
 
 
-def _demand_files(*files: str | Path) -> None:
+def _check_files(*files: str | Path) -> None:
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"{file} does not exist.")

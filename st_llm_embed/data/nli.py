@@ -1,4 +1,4 @@
-"""Natural-language inference to rows: what a premise entails is its positive, what contradicts it a negative."""
+"""Natural-language inference to rows: what a premise entails is its positive, what contradicts it a hard negative."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def from_nli(
 
     Args:
         source: a table, or a JSON lines file, plain or ``.gz``.
-        premise, hypothesis, label: the names of these columns.
-        entailment, contradiction: these labels' values; of a ``ClassLabel`` column, their names. Rows with other
-            labels (neutral, no gold label) serve as neither.
+        premise, hypothesis, label: the names of the columns of premises, hypotheses and labels.
+        entailment, contradiction: the values of these two labels; of a ``ClassLabel`` column, their names. Rows with
+            other labels (neutral, no gold label) are neither positives nor negatives.
         negatives, seed, counts: see ``contrastive_dataset``; 0 for pairs.
 
     Raises:
@@ -43,27 +43,28 @@ def from_nli(
     columns = {premise: "premise", hypothesis: "hypothesis", label: "label"}
     check_source(source, columns)
     names = label_names(source, label)
-    used = {entailment, contradiction} if negatives else {entailment}
+    needed = {entailment, contradiction} if negatives else {entailment}
 
     def judged(_: Counter[str]) -> Iterator[Judged]:
-        groups: dict[str, Judged] = {}
-        found = set()
+        groups: dict[str, tuple[str, str, list[str], list[str]]] = {}  # by the premise's normal form
+        seen_labels = set()
         for where, row in source_rows(source, columns):
             anchor = stripped(row[premise], where)
-            group = groups.setdefault(normal_form(anchor), Judged(where, anchor, [], []))
-            given = one_label(row[label], where)
-            value = names.get(given, given)
-            found.add(value)
+            entailed, contradicting = groups.setdefault(normal_form(anchor), (where, anchor, [], []))[2:]
+            value = one_label(row[label], where)
+            if value is not None:
+                value = names.get(value, value)
+            seen_labels.add(value)
             if value == entailment:
-                group.positives.append(row[hypothesis])
+                entailed.append(row[hypothesis])
             elif value == contradiction:
-                group.negatives.append(row[hypothesis])
-        if missing := used - found:
+                contradicting.append(row[hypothesis])
+        if missing := needed - seen_labels:
             raise ValueError(
-                f"No row has {sorted(missing, key=str)} in {label!r}, which holds {sorted(found, key=str)}. Fix: name "
-                "the labels of this set, such as entailment=0, contradiction=2, or another column; negatives=0 needs "
-                "no contradictions."
+                f"No row has {sorted(missing, key=str)} in {label!r}, which holds {sorted(seen_labels, key=str)}. "
+                "Fix: name the labels of this set, such as entailment=0, contradiction=2, or another column; "
+                "negatives=0 needs no contradictions."
             )
-        yield from groups.values()
+        yield from (Judged(*group) for group in groups.values())
 
     return contrastive_dataset(judged, negatives=negatives, seed=seed, drop_short=True, counts=counts)

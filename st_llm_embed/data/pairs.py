@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from datasets import Dataset, IterableDataset
 
 from .rows import Judged, contrastive_dataset
-from .sources import Source, check_source, is_streamed, source_rows
+from .sources import Source, check_source, is_streamed, number_of, source_rows
 
 
 def from_columns(
@@ -26,8 +26,8 @@ def from_columns(
     Args:
         source: a table, or a JSON lines file, plain or ``.gz``. Streams if it is a stream. Each row stands alone: what
             is its negative may be the positive of the same anchor in another row.
-        anchor, positive: the names of these columns.
-        negatives: the names of the columns of negatives.
+        anchor, positive: the names of the columns of anchors and of positives.
+        negatives: the names of the columns of hard negatives.
         drop_short, streaming, counts: see ``contrastive_dataset``.
 
     Raises:
@@ -66,8 +66,8 @@ def from_sts(
 
     Args:
         source: a table, or a JSON lines file, plain or ``.gz``. Streams if it is a stream.
-        sentence1, sentence2, score: the names of these columns.
-        threshold: the lowest score that makes a pair.
+        sentence1, sentence2, score: the names of the columns of the two sentences and of their score.
+        threshold: the lowest score that makes a positive pair.
         scale: the lowest and the highest score there can be.
         streaming, counts: see ``contrastive_dataset``. Counted besides: rows ``below threshold``.
 
@@ -84,12 +84,13 @@ def from_sts(
 
     def judged(counted: Counter[str]) -> Iterator[Judged]:
         for where, row in source_rows(source, columns):
-            if not isinstance(row[score], int | float) or not low <= row[score] <= high:
+            value = number_of(row[score])
+            if value is None or not low <= value <= high:
                 raise ValueError(
                     f"{where} has the score {row[score]!r}, outside scale={scale}. Fix: give the scale of this set "
                     "and a threshold on it, such as scale=(0, 1), threshold=0.8."
                 )
-            if row[score] >= threshold:
+            if value >= threshold:
                 yield Judged(where, row[sentence1], [row[sentence2]])
                 yield Judged(where, row[sentence2], [row[sentence1]])
             else:

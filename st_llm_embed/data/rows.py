@@ -7,6 +7,7 @@ gets depends on the seed and its own texts alone, so a stream gives the rows tha
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 from .normal_form import normal_form
 from .sources import stripped
 
+logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 10_000
 
 
@@ -26,9 +28,9 @@ class Judged(NamedTuple):
     """One anchor and the texts judged for it."""
 
     where: str  # how an error names it: "Row 3", "Line 4 of train.jsonl"
-    anchor: str
-    positives: Iterable[str]
-    negatives: Iterable[str] = ()
+    anchor: str | None  # None is an empty text, here and below
+    positives: Iterable[str | None]
+    negatives: Iterable[str | None] = ()
 
 
 def contrastive_dataset(
@@ -43,13 +45,15 @@ def contrastive_dataset(
     """One row for each positive, with ``negatives`` of its anchor's negatives, in the source's order.
 
     Args:
-        judged: gives the judged texts from the start, each time it is called, and may count in its argument.
-        negatives: how many of the judged negatives each row gets.
-        seed: chooses them.
-        drop_short: drop rows with fewer negatives, and count them, instead of raising.
-        streaming: make the rows as they are read. Of a stream's rows, hashes of 16 bytes are held (for duplicates).
-        counts: emptied, then filled: anchors ``read``, ``rows`` made, and what was removed: ``empty`` texts,
-            ``duplicates`` (rows, and texts of one anchor), ``contradictions``, positives ``identical`` to their
+        judged: a function that gives the judged texts from the start each time it is called; it may count in its
+            argument.
+        negatives: how many of the judged negatives each row gets as hard negatives.
+        seed: the seed of the choice of hard negatives.
+        drop_short: whether to drop rows with fewer negatives, and count them, instead of raising.
+        streaming: whether to make the rows as they are read. Of a stream's rows, hashes of 16 bytes are held (for
+            duplicates).
+        counts: a counter, emptied and then filled: anchors ``read``, ``rows`` made, and what was removed: ``empty``
+            texts, ``duplicates`` (rows, and texts of one anchor), ``contradictions``, positives ``identical`` to their
             anchor, anchors with ``no positive``, rows with ``too few negatives``. For a stream, as its rows pass, in
             the process that reads them.
 
@@ -68,6 +72,11 @@ def contrastive_dataset(
             yield dict(zip(columns, row, strict=True))
         if not counted["rows"]:
             raise ValueError(f"No row is left of what was read: {dict(+counted) or 'the source is empty'}.")
+        removed = [f"{count:,} {name}" for name, count in counted.items() if count and name not in ("read", "rows")]
+        if removed:
+            logger.warning(
+                f"{counted['rows']:,} rows were made of {counted['read']:,} anchors. Left out: {', '.join(removed)}."
+            )
 
     features = Features({column: Value("string") for column in columns})
     if streaming:
@@ -89,19 +98,19 @@ def _clean(
         negatives = _distinct(entry.negatives, entry.where, counts) if count else {}
         for form, anchor in anchors.items():
             counts["contradictions"] += len(negatives.keys() & (positives.keys() | {form}))
-            wrong = [(key, text) for key, text in negatives.items() if key not in positives and key != form]
+            usable = [(key, text) for key, text in negatives.items() if key not in positives and key != form]
             counts["identical"] += form in positives
-            right = {key: text for key, text in positives.items() if key != form}
-            counts["no positive"] += not right
-            for key, positive in right.items():
-                if len(wrong) < count:
+            distinct_positives = {key: text for key, text in positives.items() if key != form}
+            counts["no positive"] += not distinct_positives
+            for positive_form, positive in distinct_positives.items():
+                if len(usable) < count:
                     if not drop_short:
-                        raise ValueError(_short(entry.where, anchor, len(wrong), count))
+                        raise ValueError(_short(entry.where, anchor, len(usable), count))
                     counts["too few negatives"] += 1
                     continue
-                drawn = random.Random(f"{seed}\n{anchor}\n{positive}").sample(range(len(wrong)), count)
-                chosen = [wrong[i] for i in sorted(drawn)]
-                forms = (form, key, *(key for key, _ in chosen))
+                drawn = random.Random(f"{seed}\n{anchor}\n{positive}").sample(range(len(usable)), count)
+                chosen = [usable[i] for i in sorted(drawn)]
+                forms = (form, positive_form, *(key for key, _ in chosen))
                 digest = blake2b("\0".join(forms).encode(), digest_size=16).digest()
                 if digest in seen:
                     counts["duplicates"] += 1
@@ -126,8 +135,8 @@ def _distinct(texts: Iterable[Any], where: str, counts: Counter[str]) -> dict[st
     return kept
 
 
-def _short(where: str, anchor: str, found: int, count: int) -> str:
+def _short(where: str, anchor: str, available: int, count: int) -> str:
     return (
-        f"{where} ({anchor[:60]!r}) has {found} negatives, and negatives={count} asks for {count}. Every row needs "
-        f"the same number. Fix: ask for fewer, mine more, or drop and count such rows with drop_short=True."
+        f"{where} ({anchor[:60]!r}) has {available} negatives, and negatives={count} asks for {count}. Every row "
+        f"needs the same number. Fix: ask for fewer, mine more, or drop and count such rows with drop_short=True."
     )

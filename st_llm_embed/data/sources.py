@@ -5,151 +5,195 @@ A table on the Hub is read by the library's own call: ``datasets.load_dataset(id
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from itertools import count
+import csv
+import glob
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeAlias
 
-from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-Source = Dataset | IterableDataset | str | Path
-# What no honest file comes near.
-LONGEST_LINE = 1 << 25  # bytes
-DENSEST = 200  # bytes of text in a byte of an archive, which has
-UNPACKED = 1 << 30  # at least so many before that is looked at
+from .text_files import LONGEST_LINE, check_lines, opened, read_json_lines, undamaged
+
+Source: TypeAlias = Dataset | IterableDataset | str | Path
+Label: TypeAlias = str | int | float
+# By the end of a file's name; any other is JSON lines. A TSV file has no quotes.
+TABLES: dict[str, dict[str, Any]] = {
+    ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL},
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+ENDINGS = (*TABLES, ".parquet", ".txt", ".jsonl", ".json")
 
 
-def load_rows(source: str, streaming: bool = False) -> Dataset | IterableDataset:
-    """A JSON lines file, a folder of ``save_to_disk``, or what ``load_dataset`` makes of a folder or Hub id (its split
-    ``train``).
+def load_rows(
+    source: str | Path, streaming: bool = False, columns: Mapping[str, str] | None = None
+) -> Dataset | IterableDataset:
+    """The rows of a file, a folder or a data set of the Hub.
+
+    A file is read by its name's end: ``.csv`` and ``.tsv`` (every value is text; a TSV file has no quotes),
+    ``.parquet``, ``.txt`` (one document, the column ``text``), and JSON lines otherwise; all but Parquet may be
+    ``.gz``. A folder is one that ``save_to_disk`` wrote, one of ``.txt`` files, each a document, or what
+    ``load_dataset`` makes of it, and so is a Hub id (its split ``train``).
+
+    Args:
+        source: the path, or the Hub id.
+        streaming: whether the rows are read as they are needed.
+        columns: the columns to rename, by their new names, such as ``{"anchor": "question"}``.
 
     Raises:
-        ValueError: naming what could not be read as a data set.
+        FileNotFoundError: for a path that does not exist.
+        ValueError: naming what could not be read as a data set, or the columns that are not there.
     """
+    path = Path(source).expanduser()
     try:
-        if Path(source).is_file():
-            demand_lines(source)
-            return load_dataset("json", data_files=source, split="train", streaming=streaming)
-        if Path(source, "state.json").is_file():
-            rows = Dataset.load_from_disk(source)
-            return rows.to_iterable_dataset() if streaming else rows
-        return load_dataset(source, split="train", streaming=streaming)
+        rows = _load_local(path, streaming) if path.exists() else _load_from_hub(str(source), streaming)
     except DatasetsError as error:
         raise ValueError(f"{source} could not be read as a data set: {error.__cause__ or error}") from error
+    return _renamed(rows, columns or {}, str(source))
 
 
-def plain_or_gz(file: Path) -> Path:
-    """``file``, or ``file.gz`` in its place.
-
-    Raises:
-        FileNotFoundError: if neither is there.
-    """
-    found = [path for path in (file, file.with_name(f"{file.name}.gz")) if path.is_file()]
-    if not found:
-        raise FileNotFoundError(f"Neither {file} nor {file.name}.gz exists.")
-    return found[0]
-
-
-def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 text file, plain or ``.gz``, that are not blank, with their numbers from 1.
-
-    Raises:
-        ValueError: naming the file and the line, for text that is not UTF-8, a damaged archive, or a line or an
-            archive that was made to fill the memory.
-    """
-    # Bytes, as text mode would also break lines at a lone carriage return.
-    with undamaged(file), _opened(file) as handle:
-        read = 0
-        for number in count(1):
-            raw = handle.readline(LONGEST_LINE + 1)
-            read += len(raw)
-            _demand_honest(file, number, len(raw), read)
-            if not raw:
-                return
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"Line {number} of {file} is not UTF-8 text: {error}.") from error
-            if line.strip():
-                yield number, line
-
-
-def demand_lines(file: str | Path) -> None:
-    """Check a text file that another library reads line by line, whatever their length.
-
-    Raises:
-        ValueError: see ``read_lines``; not for text that is not UTF-8.
-    """
-    with undamaged(file), _opened(file) as handle:
-        number, length, read = 1, 0, 0
-        while block := handle.read(1 << 20):
-            read += len(block)
-            first = block.find(b"\n")
-            _demand_honest(file, number, length + (len(block) if first < 0 else first), read)
-            number += block.count(b"\n")
-            length = length + len(block) if first < 0 else len(block) - block.rfind(b"\n") - 1
-
-
-def _opened(file: str | Path) -> BinaryIO:
-    return (gzip.open if Path(file).suffix == ".gz" else open)(file, "rb")
-
-
-def _demand_honest(file: str | Path, number: int, length: int, read: int) -> None:
-    if length > LONGEST_LINE:
-        raise ValueError(f"Line {number} of {file} is longer than {LONGEST_LINE:,} bytes, which no text is.")
-    if read > UNPACKED and read > DENSEST * Path(file).stat().st_size:
+def _load_local(path: Path, streaming: bool) -> Dataset | IterableDataset:
+    if path.is_file():
+        if not path.stat().st_size:
+            raise ValueError(f"{path} is empty.")
+        ending = _ending(path)
+        if ending in TABLES:
+            return _generated(read_table, [path], table_columns(path), streaming)
+        if ending == ".txt":
+            return _generated(_read_documents, [path], ["text"], streaming)
+        if ending != ".parquet":
+            check_lines(path)
+        kind = "parquet" if ending == ".parquet" else "json"
+        return load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=streaming)
+    if (path / "state.json").is_file():
+        rows = Dataset.load_from_disk(str(path))
+        return rows.to_iterable_dataset() if streaming else rows
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    texts = [file for file in files if _ending(file) == ".txt"]
+    if texts and len(texts) < len(files):
+        other = next(file for file in files if file not in texts)
         raise ValueError(
-            f"{file} unpacks to more than {DENSEST} times its size, which no text does, and would fill the disk."
+            f"{path} holds .txt files and others, such as {other.name}. Give the texts a folder of their own."
         )
+    if texts:
+        return _generated(_read_documents, texts, ["text"], streaming)
+    return load_dataset(str(path.resolve()), split="train", streaming=streaming)
 
 
-@contextmanager
-def undamaged(file: str | Path) -> Iterator[None]:
-    """Name the file in the errors of a broken ``.gz``, which do not."""
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file} is damaged or cut off: {error}.") from error
+def _load_from_hub(source: str, streaming: bool) -> Dataset | IterableDataset:
+    if source.startswith((".", "~", "/")) or source.count("/") > 1 or _ending(Path(source)) in ENDINGS:
+        raise FileNotFoundError(f"There is no file or folder {source}.")
+    return load_dataset(source, split="train", streaming=streaming)
 
 
-def read_json_lines(file: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON lines file, plain or ``.gz``, each with the words that name its line.
+def _ending(path: Path) -> str:
+    """The end of a file's name, in lower case and without ``.gz``."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _generated(
+    read: Callable[..., Iterator[dict[str, str]]], files: list[Path], columns: list[str], streaming: bool
+) -> Dataset | IterableDataset:
+    """Rows of texts, on disk or as they are read."""
+    # Of this state of the files: the library keeps what it read once.
+    states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    settings: dict[str, Any] = {
+        "gen_kwargs": {"files": [str(file) for file in files], "states": states},
+        "features": Features({name: Value("string") for name in columns}),
+    }
+    if streaming:
+        return IterableDataset.from_generator(read, **settings)
+    return Dataset.from_generator(read, **settings)
+
+
+def read_table(files: list[str], states: Any = None) -> Iterator[dict[str, str]]:
+    """The rows of CSV or TSV files, every value a text.
 
     Raises:
-        ValueError: naming the file and the line that is no JSON object.
+        ValueError: naming the file and the line: for text that is not UTF-8, a row of more or fewer fields than
+            columns, or quotes that do not end.
     """
-    for number, line in read_lines(file):
-        where = f"Line {number} of {file}"
+    for file in files:
+        columns = table_columns(Path(file))
+        for line, row in _fields(Path(file)):
+            if line == 1 or not row:
+                continue
+            if len(row) != len(columns):
+                raise ValueError(
+                    f"Line {line} of {file} has {len(row)} fields, and the first line names {len(columns)} columns: "
+                    f"{row}. Put texts with a {TABLES[_ending(Path(file))]['delimiter']!r} in them into quotes."
+                )
+            yield dict(zip(columns, row, strict=True))
+
+
+def table_columns(path: Path) -> list[str]:
+    """The columns that the first line of a CSV or TSV file names.
+
+    Raises:
+        ValueError: if there are none, one has no name, or two have the same.
+    """
+    _, columns = next(_fields(path), (1, []))
+    if not columns or not all(columns) or len(set(columns)) < len(columns):
+        raise ValueError(
+            f"The first line of {path} must name the columns, each once, such as anchor,positive; it has {columns}."
+        )
+    return columns
+
+
+def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV or TSV file, each with the line it begins with."""
+    check_lines(path)
+    csv.field_size_limit(LONGEST_LINE)
+    with undamaged(path), opened(path) as lines:
+        text = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(lines))
+        reader = csv.reader(text, strict=True, **TABLES[_ending(path)])
+        line = 1
         try:
-            row = json.loads(line)
-            if "\\ud" in line or "\\uD" in line:
-                json.dumps(row, ensure_ascii=False).encode()  # half of an escaped surrogate pair is no text
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without an end
-            raise ValueError(f"{where} is not JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f'{where} is no JSON object such as {{"query": "..."}}: {line[:80]}')
-        yield where, row
+            for row in reader:
+                yield line, row
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"Line {line} of {path} cannot be read: {error}.") from error
+
+
+def _read_documents(files: list[str], states: Any = None) -> Iterator[dict[str, str]]:
+    for file in files:
+        check_lines(file)
+        with undamaged(file), opened(file) as handle:
+            yield {"text": handle.read().decode("utf-8-sig")}
+
+
+def _renamed(rows: Dataset | IterableDataset, columns: Mapping[str, str], source: str) -> Dataset | IterableDataset:
+    names = rows.column_names or list(next(iter(rows), {}))
+    if missing := [name for name in columns.values() if name not in names]:
+        raise ValueError(f"{source} has the columns {names}, and not {missing}. Name those that it has.")
+    changes = {theirs: ours for ours, theirs in columns.items() if ours != theirs}
+    if not changes:
+        return rows
+    rows = rows.remove_columns([ours for ours in changes.values() if ours in names and ours not in changes])
+    # In two steps, as two columns may change their places.
+    rows = rows.rename_columns({theirs: f"\0{theirs}" for theirs in changes})
+    return rows.rename_columns({f"\0{theirs}": ours for theirs, ours in changes.items()})
 
 
 def source_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a table or a JSON lines file, each with the words that name it.
+    """The rows of a table or a file, each with the words that name it.
 
     Args:
-        source: a ``Dataset``, an ``IterableDataset``, or the path of a JSON lines file, plain or ``.gz``.
-        columns: the columns that each row must have, and the option that names each.
+        source: a ``Dataset``, an ``IterableDataset``, or the path of a file or folder that ``load_rows`` reads.
+        columns: the columns that each row must have, each with the option that names it.
 
     Raises:
-        ValueError: naming the row, the columns found, those needed, and the fix.
+        ValueError: naming the row, its columns, those it lacks, and the fix.
     """
+    rows: Iterator[tuple[str, dict[str, Any]]]
     if isinstance(source, Dataset | IterableDataset):
         rows = ((f"Row {i}", row) for i, row in enumerate(source.with_format(None)))
+    elif Path(source).expanduser().is_file() and _ending(Path(source)) not in (*TABLES, ".parquet", ".txt", ".json"):
+        rows = read_json_lines(Path(source).expanduser())
     else:
-        rows = read_json_lines(source)
+        rows = _file_rows(source)
     for where, row in rows:
         if missing := [column for column in columns if column not in row]:
             options = " ".join(f"{columns[column]}=..." for column in missing)
@@ -160,16 +204,24 @@ def source_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[st
         yield where, row
 
 
+def _file_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        for number, row in enumerate(load_rows(source, streaming=True), 1):
+            yield f"Row {number} of {source}", row
+    except DatasetsError as error:
+        raise ValueError(f"{source} could not be read as a data set: {error.__cause__ or error}") from error
+
+
 def check_source(source: Source, columns: Mapping[str, str]) -> None:
     """Read the first row of ``source``, so that a wrong one is refused by the builder and not later by its stream.
 
     Raises:
-        FileNotFoundError: for a path that is no file.
+        FileNotFoundError: for a path that does not exist.
         ValueError: for a source without rows, or without the columns.
     """
-    if isinstance(source, str | Path) and not Path(source).is_file():
+    if isinstance(source, str | Path) and not Path(source).expanduser().exists():
         raise FileNotFoundError(
-            f"{source} is not a JSON lines file. For a data set of the Hub, pass "
+            f"{source} is not a JSON lines file, nor another file or folder. For a data set of the Hub, pass "
             f"datasets.load_dataset({str(source)!r}, split='train')."
         )
     if next(source_rows(source, columns), None) is None:
@@ -181,7 +233,7 @@ def is_streamed(source: Source, streaming: bool) -> bool:
     return streaming or isinstance(source, IterableDataset)
 
 
-def label_names(source: Source, column: str) -> dict[int, str]:
+def label_names(source: Source, column: str) -> dict[Label, str]:
     """The names of the labels of a ``ClassLabel`` column, by number; none of another column."""
     feature = (source.features or {}).get(column) if isinstance(source, Dataset | IterableDataset) else None
     return dict(enumerate(feature.names)) if isinstance(feature, ClassLabel) else {}
@@ -205,7 +257,17 @@ def stripped(text: Any, where: str) -> str:
     return text_or_empty(text, where).strip()
 
 
-def one_label(label: Any, where: str) -> str | int | float | None:
+def number_of(value: Any) -> float | None:
+    """``value``, or the number that it says as text, as in a CSV file; None of what is no number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def one_label(label: Any, where: str) -> Label | None:
     """``label``, which is one value.
 
     Raises:

@@ -25,10 +25,10 @@ class PromptedEncoder(AbsEncoder):
     """What mteb evaluates.
 
     Args:
-        model: to evaluate.
-        name: of the model in results.
-        revision: of the model; results are kept by it.
-        settings: what else the figures depend on; results are kept by it too.
+        model: the model to evaluate.
+        name: the name of the model in results.
+        revision: the commit of the model's repository, or a hash of its files; results are kept by it.
+        settings: the settings of the model that the scores depend on; results are kept by them too.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class PromptedEncoder(AbsEncoder):
         prompts, default = self.model.prompts, self.model.default_prompt_name
         if side == PromptType.document:
             return prompt_of(DOCUMENT, prompts, default)
-        if (own := next((name for name in prompts if same_task(name, task.name)), None)) is not None:
-            return prompts[own] or ""
+        if (prompt_name := next((name for name in prompts if same_task(name, task.name)), None)) is not None:
+            return prompts[prompt_name] or ""
         general = prompt_of(QUERY if side else SIMILARITY, prompts, default)
         instructed = any(prompt.startswith("Instruct: ") for prompt in prompts.values() if prompt)
         if instructed and (instruction := _instruction(task)):
@@ -81,8 +81,8 @@ class PromptedEncoder(AbsEncoder):
     ) -> np.ndarray:
         """Embeddings ``(texts, dim)`` of the batches of a data loader. Called by mteb."""
         texts = [text for batch in inputs for text in batch["text"]]
-        sides = {PromptType.query: self.model.encode_query, PromptType.document: self.model.encode_document}
-        encode = sides.get(prompt_type, self.model.encode)
+        encoders = {PromptType.query: self.model.encode_query, PromptType.document: self.model.encode_document}
+        encode = encoders.get(prompt_type, self.model.encode)
         return encode(texts, prompt=self.prompt(task_metadata, prompt_type), **kwargs)
 
     def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:

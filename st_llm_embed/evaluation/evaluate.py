@@ -20,8 +20,8 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.evaluation.encoder import PromptedEncoder
 from st_llm_embed.evaluation.local_tasks import LocalTask, local_task
-from st_llm_embed.hub.folders import demand_writable, hash_files
-from st_llm_embed.hub.trust import fetch, left_by_trainer, load_trusted
+from st_llm_embed.files import check_writable, hash_files
+from st_llm_embed.trust import fetch, left_by_trainer, load_trusted
 from st_llm_embed.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -30,12 +30,12 @@ OFFLINE = (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError, OfflineMode
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What ``evaluate`` found.
+    """What ``evaluate`` gives.
 
     Args:
-        results: of each task, as mteb has them.
-        table: the same, in Markdown.
-        folder: where both are.
+        results: the results of each task, as mteb has them.
+        table: the main scores as a table in Markdown.
+        folder: the folder in which both are.
     """
 
     results: list[TaskResult]
@@ -60,16 +60,17 @@ def evaluate(
     """Evaluate a model.
 
     Args:
-        source: a folder or a Hub id.
-        tasks: names of mteb's tasks or benchmarks, and folders in the layouts of ``local_tasks``.
+        source: the model's folder or Hub id.
+        tasks: the names of mteb's tasks or benchmarks, and folders in the layouts of ``local_tasks``.
         output: the folder of results; those in it already are kept.
-        split: of the local tasks.
-        batch_size: texts encoded at once.
-        dtype, attn_implementation: of the LLM, such as ``bfloat16`` and ``sdpa``. Default: as the model says.
-        max_seq_length: tokens of a text, prompt included. Default: as the model says.
-        device: default: the best there is.
-        revision: branch, tag or commit of a Hub id.
-        trust_remote_code: run code in ``source`` that this package does not ship.
+        split: the split of the local tasks.
+        batch_size: the number of texts encoded at once.
+        dtype, attn_implementation: the precision and the attention of the LLM, such as ``bfloat16`` and ``sdpa``.
+            Default: the model's own.
+        max_seq_length: the largest number of tokens of a text, prompt included. Default: the model's own.
+        device: the device to encode on, such as ``cuda`` or ``cpu``. Default: the best there is.
+        revision: the branch, tag or commit of the model's repository.
+        trust_remote_code: whether to run code in ``source`` that this package does not ship.
 
     Raises:
         FileNotFoundError: for a split that a folder does not have.
@@ -78,12 +79,12 @@ def evaluate(
             or a judgement is expected, unknown code in the model, or texts longer than it takes.
         ConnectionError: for a task whose data are on the Hub, while it cannot be reached.
     """
-    demand_writable(Path(output))
+    check_writable(Path(output))
     chosen = find_tasks(tasks, split)
     names = [task.metadata.name for task in chosen]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
-            f"The tasks {twice} are named twice, and results are kept by name. Fix: rename one of the folders, or "
+            f"The tasks {repeated} are named twice, and results are kept by name. Fix: rename one of the folders, or "
             "evaluate on it in a run of its own."
         )
     for task in chosen:
@@ -125,31 +126,31 @@ def evaluate(
 
 
 def _is_stale(task: AbsTask, encoder: PromptedEncoder, cache: mteb.ResultCache) -> bool:
-    """Are the results that are there those of other data?
+    """Are the task's results in ``cache`` those of other data?
 
     NOTE: mteb compares the data's revision only where a split is missing.
     """
-    there = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
-    return there is not None and there.dataset_revision != task.metadata.revision
+    result = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
+    return result is not None and result.dataset_revision != task.metadata.revision
 
 
 def find_tasks(names: Iterable[str | Path], split: str = "test") -> list[AbsTask]:
     """The tasks of folders, and mteb's tasks, or all tasks of its benchmarks, of these names."""
     tasks: list[AbsTask] = []
-    known: list[str] = []  # asked for once, if at all: mteb makes all of its tasks to list them
+    single_tasks: list[str] = []  # asked for once, if at all: mteb makes all of its tasks to list them
     benchmarks: list[str] = []
     for name in names:
         if Path(name).is_dir():
             tasks.append(local_task(name, split))
             continue
-        known = known or [task.metadata.name for task in mteb.get_tasks()]
+        single_tasks = single_tasks or [task.metadata.name for task in mteb.get_tasks()]
         benchmarks = benchmarks or [benchmark.name for benchmark in mteb.get_benchmarks()]
-        if name in known:
+        if name in single_tasks:
             tasks.append(mteb.get_task(str(name)))
         elif name in benchmarks:
             tasks += mteb.get_benchmark(str(name)).tasks
         else:
-            near = ", ".join(get_close_matches(str(name), [*known, *benchmarks], n=5, cutoff=0.4))
+            near = ", ".join(get_close_matches(str(name), [*single_tasks, *benchmarks], n=5, cutoff=0.4))
             raise ValueError(
                 f"{name} is neither a folder nor a task or benchmark of mteb {mteb.__version__}. Near it: {near}."
             )
@@ -157,8 +158,8 @@ def find_tasks(names: Iterable[str | Path], split: str = "test") -> list[AbsTask
 
 
 def find_model(source: str | Path, revision: str | None = None) -> tuple[Path, str]:
-    """The folder of a model, and what names this state of it: the commit, or a hash of its files, but for its card and
-    what a trainer left."""
+    """The folder of a model, and its revision: the commit, or a hash of its files, but for its card and what a trainer
+    left."""
     root = fetch(source, revision)
     if not Path(source).is_dir():
         return root, root.name
@@ -179,8 +180,8 @@ def load_model(
     Raises:
         ValueError: for unknown code, or texts longer than the model takes.
     """
-    wanted = {"dtype": dtype, "attn_implementation": attn_implementation}
-    model_kwargs = {key: value for key, value in wanted.items() if value}
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    model_kwargs = {key: value for key, value in options.items() if value}
     model = load_trusted(root, trust_remote_code, device=device, model_kwargs=model_kwargs)
     if max_seq_length is not None:
         llm = model.transformers_model
@@ -199,7 +200,7 @@ def attention_of(model: SentenceTransformer) -> str:
 
 
 def _table(results: Sequence[TaskResult], tasks: Sequence[AbsTask], encoder: PromptedEncoder) -> str:
-    """The main figure of every task, and the means of each kind."""
+    """The main score of every task, and the mean of each kind of task."""
     meta = encoder.mteb_model_meta
     settings = meta.experiment_kwargs
     longest = settings["max_seq_length"]
@@ -220,5 +221,5 @@ def _table(results: Sequence[TaskResult], tasks: Sequence[AbsTask], encoder: Pro
         cells = [task.metadata.name, task.metadata.type, task.metadata.main_score, f"{score:.4f}", shown]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| kind | tasks | mean |", "| --- | --- | --- |"]
-    lines += [f"| {kind} | {len(own)} | {sum(own) / len(own):.4f} |" for kind, own in scores.items()]
+    lines += [f"| {kind} | {len(values)} | {sum(values) / len(values):.4f} |" for kind, values in scores.items()]
     return "\n".join(lines) + "\n"

@@ -8,7 +8,7 @@ JSON lines, plain or ``.gz``, in one of these layouts:
 - classification: ``train.jsonl`` and ``SPLIT.jsonl`` with ``text``, ``label``
 - clustering: ``SPLIT.jsonl`` with ``text``, ``label``, and no ``train.jsonl``
 
-The figures are those that mteb gives for the same data on the Hub.
+The scores are those that mteb gives for the same data on the Hub.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.task_metadata import TaskMetadata
 
-from st_llm_embed.data.beir import demand_one_text, judgements_file, read_qrels, read_texts
+from st_llm_embed.data.beir import check_one_text, judgements_file, read_qrels, read_texts
 from st_llm_embed.data.normal_form import normal_form
-from st_llm_embed.data.sources import plain_or_gz, read_json_lines
-from st_llm_embed.hub.folders import hash_files
+from st_llm_embed.data.text_files import plain_or_gz, read_json_lines
+from st_llm_embed.files import hash_files
 from st_llm_embed.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -47,12 +47,12 @@ def local_task(folder: str | Path, split: str = "test") -> AbsTask:
     """The mteb task of a data set in a folder; its name is the folder's.
 
     Args:
-        folder: in one of the layouts above.
-        split: to evaluate on.
+        folder: the folder of the data set, in one of the layouts above.
+        split: the split to evaluate on.
 
     Raises:
         FileNotFoundError: if the folder or the split is not there.
-        ValueError: for another layout, naming the columns found.
+        ValueError: for another layout, naming the columns of its first line.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -74,16 +74,19 @@ class LocalTask(AbsTask):
     """A task whose data lie in a folder.
 
     Args:
-        folder: of the data.
-        split: to evaluate on.
+        folder: the folder of the data set.
+        split: the split to evaluate on.
 
     Attributes:
-        counts: what of the data does not count, or not as one might expect, by reason.
+        counts: how much of the data does not count, or not as one might expect, by reason.
     """
 
     kind: str
     main_score: str
-    splits: tuple[str, ...] = ()  # read besides
+    other_splits: tuple[str, ...] = ()  # read besides
+    counts: Counter[str]
+    dataset: dict[str, Any] | None
+    data_loaded: bool
 
     def __init__(self, folder: Path, split: str = "test") -> None:
         self.folder, self.split, self.counts = folder, split, Counter()
@@ -101,7 +104,7 @@ class LocalTask(AbsTask):
         super().__init__()
 
     def _files(self) -> list[Path]:
-        return [_split_file(self.folder, split) for split in (*self.splits, self.split)]
+        return [_split_file(self.folder, split) for split in (*self.other_splits, self.split)]
 
     def load_data(self, *args: Any, **kwargs: Any) -> None:
         """Read the files; mteb's arguments are about its downloads."""
@@ -134,13 +137,13 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
         counts: Counter[str] = Counter()
         corpus: dict[str, str] = {}
         queries: dict[str, str] = {}
-        documents_too = set()  # queries
+        documents_too = set()  # the ids of queries that are documents as well
         for line in read_texts(query_file):
-            demand_one_text(query_file, line.id, queries.get(line.id), line.text)
+            check_one_text(query_file, line.id, queries.get(line.id), line.text)
             counts["queries whose id comes again"] += line.id in queries
             queries[line.id] = line.text
         for line in read_texts(corpus_file):
-            demand_one_text(corpus_file, line.id, corpus.get(line.id), line.document)
+            check_one_text(corpus_file, line.id, corpus.get(line.id), line.document)
             counts["documents whose id comes again"] += line.id in corpus
             corpus[line.id] = line.document
             spellings = {normal_form(line.text), normal_form(line.document)} if line.id in queries else ()
@@ -168,11 +171,11 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
         if counts != self.counts and +counts:
             logger.warning("%s: there are %s; see LocalRetrieval for how they count.", qrels, dict(+counts))
         self.counts = counts
-        asked = [{"id": query, "text": text} for query, text in queries.items() if query in judged]
+        query_rows = [{"id": query, "text": text} for query, text in queries.items() if query in judged]
         return {
             self.split: {
                 "corpus": Dataset.from_dict({"id": list(corpus), "text": list(corpus.values())}),
-                "queries": Dataset.from_list(asked),
+                "queries": Dataset.from_list(query_rows),
                 "relevant_docs": judged,
                 "top_ranked": None,
             }
@@ -180,14 +183,14 @@ class LocalRetrieval(LocalTask, AbsTaskRetrieval):
 
 
 class TableTask(LocalTask):
-    """A task of one table for each split: columns of text, and one that judges them."""
+    """A task of one table for each split: columns of text, and one of judgements."""
 
     texts: tuple[str, ...]
     judged: str
-    valid: str  # what may judge them
+    valid: str  # which judgements are valid, in a sentence for errors
 
     def _read(self) -> DatasetDict:
-        tables = {split: self._rows(split) for split in (*self.splits, self.split)}
+        tables = {split: self._rows(split) for split in (*self.other_splits, self.split)}
         self._check({split: [row[self.judged] for row in rows] for split, rows in tables.items()})
         return DatasetDict({split: Dataset.from_list(rows) for split, rows in tables.items()})
 
@@ -211,14 +214,14 @@ class TableTask(LocalTask):
         raise NotImplementedError
 
     def _check(self, judgements: dict[str, list[Any]]) -> None:
-        """Refuse a split on which there is no figure."""
-        self._demand_two(self.split, judgements[self.split])
+        """Refuse a split on which there is no score."""
+        self._check_two(self.split, judgements[self.split])
 
-    def _demand_two(self, split: str, values: list[Any]) -> None:
-        if len(found := set(values)) < 2:
+    def _check_two(self, split: str, values: list[Any]) -> None:
+        if len(distinct := set(values)) < 2:
             raise ValueError(
-                f"{_split_file(self.folder, split)} has {list(found)} alone in {self.judged!r}: there is nothing to "
-                f"tell apart. {self.valid}"
+                f"{_split_file(self.folder, split)} has {list(distinct)} alone in {self.judged!r}: there is nothing "
+                f"to tell apart. {self.valid}"
             )
 
 
@@ -269,11 +272,11 @@ class LocalClassification(ClassTask, AbsTaskClassification):
 
     kind = "Classification"
     main_score = "accuracy"
-    splits = ("train",)
+    other_splits = ("train",)
 
     def _check(self, judgements: dict[str, list[Any]]) -> None:
         super()._check(judgements)
-        self._demand_two("train", judgements["train"])
+        self._check_two("train", judgements["train"])
 
 
 class LocalClustering(ClassTask, AbsTaskClustering):
@@ -290,5 +293,5 @@ def _split_file(folder: Path, split: str) -> Path:
     try:
         return plain_or_gz(folder / f"{split}.jsonl")
     except FileNotFoundError as error:
-        there = sorted(file.name for file in folder.glob("*.jsonl*"))
-        raise FileNotFoundError(f"{error} Files of {folder}: {', '.join(there) or 'none'}.") from error
+        files = sorted(file.name for file in folder.glob("*.jsonl*"))
+        raise FileNotFoundError(f"{error} Files of {folder}: {', '.join(files) or 'none'}.") from error

@@ -1,4 +1,4 @@
-"""Does a model give the same vectors however it is run: padded or not, by another attention, in another precision?"""
+"""Does a model give the same embeddings however it is run: padded or not, by another attention or precision?"""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Parity(NamedTuple):
     """How two ways to run a model differ.
 
     Args:
-        ways: what is compared.
-        difference: the largest of any component of any vector.
-        cosine: the lowest of a text's two vectors.
-        neighbours: the share of texts whose nearest other text is the same.
+        ways: the two ways that are compared.
+        difference: the largest difference of a component of an embedding.
+        cosine: the lowest cosine between a text's two embeddings.
+        neighbours: the share of texts, from 0 to 1, whose nearest other text is the same.
     """
 
     ways: str
@@ -68,28 +68,28 @@ def parity(
         texts.setdefault(encoder.main_prompt(task), []).extend(_texts(task))
 
     def vectors(model: SentenceTransformer, size: int = batch_size) -> Tensor:
-        parts = [model.encode(own, prompt=prompt, batch_size=size) for prompt, own in texts.items()]
+        parts = [model.encode(prompted, prompt=prompt, batch_size=size) for prompt, prompted in texts.items()]
         return torch.cat([torch.as_tensor(part).double() for part in parts])
 
     padded = vectors(model)
-    found = [_compare("padded, one at a time", padded, vectors(model, size=1))]
+    comparisons = [_compare("padded, one at a time", padded, vectors(model, size=1))]
     eager = load("float32", "eager")
     if attention_of(eager) == "eager":
-        found.append(_compare("SDPA, eager", padded, vectors(eager)))
+        comparisons.append(_compare("SDPA, eager", padded, vectors(eager)))
     half = vectors(load("bfloat16", "sdpa"))
-    found.append(_compare("float32, bfloat16", padded, half))
+    comparisons.append(_compare("float32, bfloat16", padded, half))
     if model.device.type == "cuda" and is_flash_attn_2_available():
         flash = vectors(load("bfloat16", "flash_attention_2"))
-        found.append(_compare("SDPA, flash attention 2 (bfloat16)", half, flash))
-    return found
+        comparisons.append(_compare("SDPA, flash attention 2 (bfloat16)", half, flash))
+    return comparisons
 
 
-def as_markdown(found: Sequence[Parity]) -> str:
+def as_markdown(comparisons: Sequence[Parity]) -> str:
     """A table of the comparisons."""
     lines = [
         "| compared | largest difference | lowest cosine | same nearest text |",
         "| --- | --- | --- | --- |",
-        *(f"| {row.ways} | {row.difference:.1e} | {row.cosine:.6f} | {row.neighbours:.1%} |" for row in found),
+        *(f"| {row.ways} | {row.difference:.1e} | {row.cosine:.6f} | {row.neighbours:.1%} |" for row in comparisons),
     ]
     return "\n".join(lines) + "\n"
 
@@ -108,9 +108,9 @@ def _nearest(vectors: Tensor) -> Tensor:
 def _texts(task: AbsTask) -> list[str]:
     """A few texts of a task."""
     task.load_data()
-    found = dict.fromkeys(text for text in _walk(task.dataset) if text.strip())
+    texts = dict.fromkeys(text for text in _walk(task.dataset) if text.strip())
     task.unload_data()
-    return list(found)[:TEXTS_OF_A_TASK]
+    return list(texts)[:TEXTS_OF_A_TASK]
 
 
 def _walk(data: object) -> Iterator[str]:

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from sentence_transformers import SentenceTransformer
 
+from st_llm_embed.files import read_json
 from st_llm_embed.hub import fresh_process
-from st_llm_embed.hub.trust import demand_base, demand_no_code, demand_saved, fetch, read_json
 from st_llm_embed.modules import reference
 from st_llm_embed.modules.reference import TEXTS, differing_settings, take_reference
+from st_llm_embed.trust import check_base, check_no_code, check_saved, fetch
 
 REFERENCE = "reference.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -36,8 +37,8 @@ class Checked(NamedTuple):
     """What ``check`` found.
 
     Args:
-        difference: the largest of any component of any vector.
-        files: bytes by path in the folder.
+        difference: the largest difference of a component of any vector.
+        files: the size of each file in bytes, by its path in the folder.
     """
 
     difference: float
@@ -77,9 +78,9 @@ class FreshPython:
         """What ``root`` gives for texts.
 
         Args:
-            root: the folder.
-            texts: to encode.
-            device: to encode on.
+            root: the model's folder.
+            texts: the texts to encode.
+            device: the device to encode them on.
             known: whether all its code is this package's. Then only that is run, and the hosts do not trust the rest.
 
         Raises:
@@ -100,12 +101,13 @@ class FreshPython:
                 "scratch": scratch,
             }
             process = self._started()
+            assert process.stdin is not None and process.stdout is not None  # _started asks for pipes
             print(json.dumps(request), file=process.stdin, flush=True)
             status = process.stdout.readline().strip()
             if status != "0":
                 log = Path(scratch, "log")
-                said = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-                raise RuntimeError(f"{root} does not load in a process without {PACKAGE!r}: {_last_error(said)}")
+                printed = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+                raise RuntimeError(f"{root} does not load in a process without {PACKAGE!r}: {_last_error(printed)}")
             return json.loads(Path(scratch, "taken.json").read_text(encoding="utf-8"))
 
 
@@ -138,16 +140,17 @@ def check(
     """Load a model in a fresh process that cannot import this package, and compare its vectors.
 
     Args:
-        source: a folder, or a Hub id.
-        against: what they must equal: a model; or a folder or Hub id of another form of it, such as the adapter of a
-            merged model. Default: the ``reference.json`` in ``source``.
-        trust_remote_code: run the code in ``source`` (and ``against``) even where it is not this package's own.
-        device: of the fresh process.
-        revision: branch, tag or commit of ``source``.
-        token: Hub token.
+        source: the model's folder or Hub id.
+        against: the model whose vectors they must equal; or the folder or Hub id of another form of the model, such as
+            the adapter of a merged one. Default: the ``reference.json`` in ``source``.
+        trust_remote_code: whether to run the code in ``source`` (and ``against``) even where it is not this package's
+            own.
+        device: the device of the fresh process.
+        revision: the branch, tag or commit of ``source``.
+        token: the Hub token.
 
     Raises:
-        FileNotFoundError: if it is no model folder, or there is nothing to compare with.
+        FileNotFoundError: if ``source`` is no model folder, or there is nothing to compare with.
         ValueError: if it does not hold data alone, has unknown code, or a reference of another form.
         RuntimeError: if it does not load, or a component differs by more than 1e-5 (or, in half precision, by its
             last bit).
@@ -168,7 +171,7 @@ def compare(
     """``check`` of a folder that was looked through, or written here.
 
     Args:
-        root: the folder.
+        root: the model's folder.
         known: whether the code in its root is all that it needs; then the hosts are not told to trust it.
         against, trust_remote_code, device, token: see ``check``.
     """
@@ -185,13 +188,13 @@ def compare(
                 f"{root} has no {REFERENCE}, so there is nothing to compare it with. save_sealed and publish write "
                 "one; or name another form of the model to compare with (against=)."
             )
-        found = python.take_reference(root, expected["texts"], device, known)
-    difference, name = max(_differences(expected, found))
+        actual = python.take_reference(root, expected["texts"], device, known)
+    difference, name = max(_differences(expected, actual))
     # By what is there, and not by what the file that is checked says of itself.
-    tolerance = max(1e-5, torch.finfo(getattr(torch, found["dtype"])).eps)
+    tolerance = max(1e-5, torch.finfo(getattr(torch, actual["dtype"])).eps)
     if not difference <= tolerance:
-        causes = differing_settings(expected, found)
-        causes |= {"prompts": "others"} if expected["prompts"] != found["prompts"] else {}
+        causes = differing_settings(expected, actual)
+        causes |= {"prompts": "others"} if expected["prompts"] != actual["prompts"] else {}
         if not causes and expected["dtype"] in ("float16", "bfloat16"):
             causes["precision"] = (
                 "casting the LLM by itself also rounds what it computes from its config, such as rotary frequencies; "
@@ -217,7 +220,7 @@ def read_reference(file: Path) -> dict[str, Any]:
     texts, embeddings = content.get("texts"), content.get("embeddings")
     count = len(texts) if isinstance(texts, list) else 0
     forms = {
-        "texts": 0 < count <= MOST_TEXTS and all(map(_is_text, texts)),
+        "texts": isinstance(texts, list) and 0 < count <= MOST_TEXTS and all(map(_is_text, texts)),
         "prompts": _is_mapping(content.get("prompts"), _is_text),
         "embeddings": _is_mapping(embeddings, lambda rows: _are_vectors(rows, count)),
         "token_ids": _is_mapping(content.get("token_ids"), _are_numbers),
@@ -227,8 +230,8 @@ def read_reference(file: Path) -> dict[str, Any]:
         "attn_implementation": isinstance(content.get("attn_implementation"), str),
         "versions": _is_mapping(content.get("versions"), lambda version: isinstance(version, str)),
     }
-    if wrong := [name for name, right in forms.items() if not right]:
-        raise ValueError(f"{file} has no {', no '.join(wrong)} of the form that save_sealed writes.")
+    if malformed := [name for name, is_right in forms.items() if not is_right]:
+        raise ValueError(f"{file} has no {', no '.join(malformed)} of the form that save_sealed writes.")
     return content
 
 
@@ -251,9 +254,9 @@ def _are_vectors(rows: Any, count: int) -> bool:
 def _opened(source: str | Path, revision: str | None, token: str | None, trust: bool) -> tuple[Path, bool]:
     """A model's folder, and whether all its code is this package's. An adapter's base is downloaded too."""
     root = fetch(source, revision, token)
-    demand_saved(root)
-    unknown = demand_no_code(root, trust)
-    demand_base(root, trust, token)
+    check_saved(root)
+    unknown = check_no_code(root, trust)
+    check_base(root, trust, token)
     return root, not unknown
 
 
@@ -267,13 +270,13 @@ def _last_error(log: str) -> str:
     return "\n".join(after)[:2000]
 
 
-def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[tuple[float, str]]:
+def _differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[tuple[float, str]]:
     """The largest difference under each prompt; infinite for a prompt that is gone."""
     differences = []
     for name, vectors in expected["embeddings"].items():
-        here = found["embeddings"].get(name, [])
-        if [len(row) for row in here] == [len(row) for row in vectors]:
-            apart = (torch.tensor(here) - torch.tensor(vectors)).abs().max().item()
+        others = actual["embeddings"].get(name, [])
+        if [len(row) for row in others] == [len(row) for row in vectors]:
+            apart = (torch.tensor(others) - torch.tensor(vectors)).abs().max().item()
             differences.append((math.inf if math.isnan(apart) else apart, name))
         else:
             differences.append((math.inf, name))

@@ -60,7 +60,8 @@ def answer(request: dict) -> int:
 
 
 if __name__ == "__main__":
-    sys.modules[sys.argv[1]] = None  # importing it now fails
+    # Importing it now fails.
+    sys.modules[sys.argv[1]] = None  # type: ignore[assignment]  # Python's documented way; typeshed has no None
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         if sys.platform == "linux":

@@ -24,14 +24,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
 
-from st_llm_embed.card import finish_card, inherit_license
+from st_llm_embed.files import check_empty, check_room, files_of, read_json, size_of, write_json, written_beside
+from st_llm_embed.hub.card import finish_card, inherit_license
 from st_llm_embed.hub.checking import REFERENCE, compare
-from st_llm_embed.hub.folders import demand_empty, demand_room, size_of, write_json, written_beside
 from st_llm_embed.hub.sealing import seal
-from st_llm_embed.hub.trust import demand_model, files_of, has_code, read_json, without_code
-from st_llm_embed.merging import has_adapter, merge_adapter
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import take_reference
+from st_llm_embed.trust import check_model, has_code, without_code
+from st_llm_embed.weights.merging import has_adapter, merge_adapter
 
 logger = logging.getLogger(__name__)
 ADAPTERS = ("merge", "only")
@@ -54,10 +54,10 @@ def save_sealed(
 
     Args:
         model: the model to write.
-        folder: must not exist, or be empty.
+        folder: the folder to write; must not exist, or be empty.
         card_section: Markdown for the model card, after what the package itself says of the model.
-        samples: leave the rows of the training data that sentence-transformers shows in the card. What is published
-            cannot be taken back, so by default they are left out.
+        samples: whether the card keeps the rows of the training data that sentence-transformers shows in it. What is
+            published cannot be taken back, so by default they are left out.
 
     Returns:
         The folder.
@@ -69,9 +69,9 @@ def save_sealed(
         RuntimeError: if the fresh process cannot load it or gives other vectors.
     """
     target = Path(folder).resolve()
-    demand_empty(target)
-    _demand_weights(model)
-    demand_room(target, size_of(model))
+    check_empty(target)
+    _check_weights(model)
+    check_room(target, size_of(model))
     inherit_license(model)
     with written_beside(target) as staged:
         model.save_pretrained(str(staged))
@@ -118,20 +118,20 @@ def publish(
 
     Args:
         model: the model to publish.
-        repo_id: ``"organisation/name"``. Created if it does not exist.
-        adapter: for a model with a peft adapter: ``"merge"`` it into a copy of the LLM, or publish it alone
-            (``"only"``), to be loaded on top of its base.
+        repo_id: the name of the repository, ``"organisation/name"``. Created if it does not exist.
+        adapter: what becomes of a model's peft adapter: ``"merge"`` merges it into a copy of the LLM, ``"only"``
+            publishes it alone, to be loaded on top of its base.
         private: whether a new repository is private. Default: the organisation's.
-        exist_ok: replace what a repository holds. (It stays in the history.)
-        create_pr: open a pull request instead.
+        exist_ok: whether to replace what the repository holds. (It stays in the history.)
+        create_pr: whether to open a pull request instead of a commit.
         revision: the branch to commit to, made if it is not there. Default: ``main``.
-        token: Hub token. Default: the one saved by ``hf auth login``.
-        commit_message: of the commit.
+        token: the Hub token. Default: the one saved by ``hf auth login``.
+        commit_message: the first line of the commit's message.
         card_section: Markdown for the model card, after what the package itself says of the model.
         samples: see ``save_sealed``.
 
     Returns:
-        The URL of the commit, or of the pull request.
+        The URL of the commit, or of the pull request; of the last commit where the repository holds all this already.
 
     Raises:
         ValueError: if ``repo_id`` is not a valid repository name, ``adapter`` does not fit the model, the model is
@@ -145,13 +145,13 @@ def publish(
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"repo_id={repo_id!r} is not a valid name such as 'organisation/name': {error}") from error
-    _demand_weights(model)
-    _demand_choice(model, adapter)
+    _check_weights(model)
+    _check_choice(model, adapter)
     if adapter == "only":
         for config in model.transformers_model.peft_config.values():
-            _demand_reachable(config.base_model_name_or_path)
+            _check_reachable(config.base_model_name_or_path)
     if not (exist_ok or create_pr):
-        _demand_free(HfApi(token=token), repo_id, revision)  # before the work, not only after it
+        _check_free(HfApi(token=token), repo_id, revision)  # before the work, not only after it
     if adapter == "merge":
         model = merge_adapter(model)
     model.model_card_data.set_model_id(repo_id)
@@ -163,8 +163,16 @@ def publish(
                 "model.model_card_data.set_license('apache-2.0'), or another that its base and its data allow, and "
                 "publish it again."
             )
-        options = {"private": private, "exist_ok": exist_ok, "create_pr": create_pr, "revision": revision}
-        return upload(folder, repo_id, token=token, commit_message=commit_message, **options)
+        return upload(
+            folder,
+            repo_id,
+            private=private,
+            exist_ok=exist_ok,
+            create_pr=create_pr,
+            revision=revision,
+            token=token,
+            commit_message=commit_message,
+        )
 
 
 def upload(
@@ -184,12 +192,12 @@ def upload(
 
     Args and errors are those of ``publish``.
     """
-    demand_model(Path(folder))
-    demand_uploadable(Path(folder))
+    check_model(Path(folder))
+    check_uploadable(Path(folder))
     paths = _uploaded(Path(folder))
     hub = HfApi(token=token)
     if not (exist_ok or create_pr):
-        _demand_free(hub, repo_id, revision)
+        _check_free(hub, repo_id, revision)
     with _upload_errors(repo_id):
         repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
@@ -203,7 +211,7 @@ def upload(
             allow_patterns=[glob.escape(path) for path in paths],
             delete_patterns="*",  # an adapter or a shard of an earlier version would be loaded along
         )
-    return commit.pr_url if create_pr else commit.commit_url
+    return commit.pr_url or commit.commit_url  # of no change, huggingface_hub opens no pull request
 
 
 def _uploaded(folder: Path) -> list[str]:
@@ -218,7 +226,7 @@ def _uploaded(folder: Path) -> list[str]:
     return [file.as_posix() for file in sent]
 
 
-def demand_uploadable(folder: Path) -> None:
+def check_uploadable(folder: Path) -> None:
     """Check that the Hub takes every file, and that an adapter's base is there too.
 
     Raises:
@@ -231,10 +239,10 @@ def demand_uploadable(folder: Path) -> None:
             "model in half precision, or in smaller shards."
         )
     if (config := folder / ADAPTER_CONFIG).is_file():
-        _demand_reachable(read_json(config)["base_model_name_or_path"])
+        _check_reachable(read_json(config)["base_model_name_or_path"])
 
 
-def _demand_reachable(base: str) -> None:
+def _check_reachable(base: str) -> None:
     if base and base != OWN_BASE and Path(base).exists():
         raise ValueError(
             f"The adapter's base is {base!r}, a folder of this machine, so nobody else could load it. Publish it "
@@ -242,7 +250,7 @@ def _demand_reachable(base: str) -> None:
         )
 
 
-def _demand_weights(model: SentenceTransformer) -> None:
+def _check_weights(model: SentenceTransformer) -> None:
     if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(
             f"{len(empty)} weights, {empty[0]!r} among them, are on the meta device: there is nothing to save. Load "
@@ -255,7 +263,7 @@ def _demand_weights(model: SentenceTransformer) -> None:
         )
 
 
-def _demand_choice(model: SentenceTransformer, adapter: str | None) -> None:
+def _check_choice(model: SentenceTransformer, adapter: str | None) -> None:
     if adapter is not None and adapter not in ADAPTERS:
         raise ValueError(f"adapter={adapter!r} is unknown. Valid values: {', '.join(ADAPTERS)}.")
     if has_adapter(model) and adapter is None:
@@ -267,7 +275,7 @@ def _demand_choice(model: SentenceTransformer, adapter: str | None) -> None:
         raise ValueError(f"adapter={adapter!r}, but the model has no adapter. Leave it out.")
 
 
-def _demand_free(hub: HfApi, repo_id: str, revision: str | None) -> None:
+def _check_free(hub: HfApi, repo_id: str, revision: str | None) -> None:
     """An empty repository is free: an upload that was broken off leaves one. So is a branch that is not there yet."""
     with _upload_errors(repo_id):
         try:
@@ -290,6 +298,8 @@ def _demand_free(hub: HfApi, repo_id: str, revision: str | None) -> None:
 def _upload_errors(repo_id: str) -> Iterator[None]:
     try:
         yield
+    except (TypeError, AttributeError, LookupError, NameError):  # a bug, and no fault of the network
+        raise
     except Exception as error:  # of huggingface_hub, of its HTTP client, of the network
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise PermissionError(

@@ -20,10 +20,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from st_llm_embed.hub.folders import write_json
-from st_llm_embed.hub.trust import STOCK, demand_model, read_json
+from st_llm_embed.files import read_json, write_json
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG
 from st_llm_embed.modules.llm_backbone import REQUIREMENTS
+from st_llm_embed.trust import STOCK, check_model
 
 BACKBONE = "LLMBackbone"
 STOCK_BACKBONE = "sentence_transformers.base.modules.transformer.Transformer"
@@ -59,7 +59,7 @@ def seal(folder: str | Path) -> None:
             f"{root} is a trainer's checkpoint. Sealed, it could not be resumed from, nor reloaded as the best one at "
             "the end: the trainer finds it by its classes' names. Load it, and write it by save_sealed(model, folder)."
         )
-    demand_model(root)
+    check_model(root)
     modules = read_json(root / "modules.json")
     if _is_stock_in_effect(root, modules):
         modules[0]["type"] = STOCK_BACKBONE
@@ -122,10 +122,10 @@ def _ship_source(root: Path, reference: str) -> str:
         if spec is None or Path(spec.origin or "").name != file:
             raise ImportError("it is not in a file of its module's name")
         for source in map(Path, (spec.origin, *get_relative_import_files(spec.origin))):
-            there = root / source.name
-            if there.is_file() and there.read_bytes() != source.read_bytes():
+            copied = root / source.name
+            if copied.is_file() and copied.read_bytes() != source.read_bytes():
                 raise ImportError(f"the folder has another {source.name} already")
-            shutil.copy(source, there)
+            shutil.copy(source, copied)
     except (ImportError, ValueError, OSError) as error:  # of a script, a notebook, a function, a package's __init__
         raise ValueError(
             f"The source of the module class {reference!r} cannot be shipped ({error}), so nobody else could load the "

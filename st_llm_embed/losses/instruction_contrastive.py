@@ -4,7 +4,7 @@
 
 d always runs over the row's own positive and hard negatives. Where in-batch negatives are on (stage 1, retrieval), it
 also runs over the other rows' positives and hard negatives, but for those that are probably no negatives. Where they
-are off (stage 2, everything blended) another row's text may well be right too.
+are off (stage 2, everything blended) another row's text may well be a positive too.
 
 In: the embeddings of ``anchor``, ``positive``, ``negative_1..n``, each ``(batch, dim)``, and in ``labels`` what the
 collator knows of the rows.
@@ -13,7 +13,6 @@ collator knows of the rows.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,32 +23,7 @@ from sentence_transformers.util import all_gather, all_gather_with_grad, get_ran
 from torch import Tensor, nn
 
 from st_llm_embed.losses.length_groups import embed_by_length
-
-NONE = -1  # no group, no class, no text
-
-
-@dataclass
-class Rows:
-    """What is known of a batch's rows beside their embeddings."""
-
-    group: Tensor  # (batch,): rows of one group are each other's negatives; NONE for own negatives only
-    label: Tensor  # (batch,): the class of anchor and positive, or NONE
-    texts: Tensor | None  # (batch, columns): equal where texts are equal; NONE where there is no text
-
-    @classmethod
-    def read(cls, labels: Tensor | None, in_batch_negatives: bool, anchor: Tensor) -> Rows:
-        if labels is not None and labels.ndim == 2:
-            # Contiguous: gathering columns of a matrix across processes would mix them up without a word.
-            return cls(labels[:, 0], labels[:, 1], labels[:, 2:])
-        if labels is not None and (labels.is_floating_point() or labels.dtype == torch.bool):
-            raise ValueError(
-                f"The labels are {labels.dtype}, such as {labels[:3].tolist()}. The loss reads whole numbers, a row's "
-                "class, and spares the rows of a class each other's positives. Fix: remove the column from the data "
-                "set if it holds scores, or marks that the two texts match."
-            )
-        none = torch.full((len(anchor),), NONE, device=anchor.device)
-        group = torch.zeros_like(none) if in_batch_negatives else none
-        return cls(group, none if labels is None else labels.to(torch.long), None)
+from st_llm_embed.losses.row_labels import NONE, RowLabels
 
 
 class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
@@ -59,12 +33,13 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
 
     Args:
         model: the model to train.
-        scale: 1 / temperature. NV-Embed does not publish its temperature; 0.02 is what its sibling recipes use.
+        scale: the factor on the cosines, 1 / temperature. NV-Embed does not publish its temperature; 0.02 is what its
+            sibling recipes use.
         in_batch_negatives: whether other rows' positives and hard negatives count as negatives. Labels of
             ``TaskCollator`` decide it row by row instead.
-        false_negative_margin: leave out other rows' texts that score above this share of the row's positive, such as
-            0.95; None for no such limit.
-        mini_batch_size: embed so many texts at a time, twice, in the memory of one such batch (GradCache, arXiv
+        false_negative_margin: the share of the positive's score, such as 0.95, above which other rows' texts are left
+            out; None for no such limit.
+        mini_batch_size: how many texts to embed at a time, twice, in the memory of one such batch (GradCache, arXiv
             2101.06983), with the gradients of the plain form. None: all at once.
         gather_across_devices: whether other processes' rows count as the batch's.
 
@@ -107,7 +82,7 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         if self.uses_gradient_cache:
-            return self.forward_cached(sentence_features, labels)
+            return self.forward_cached(sentence_features, labels)  # type: ignore[operator]  # of the host's mixin
         return self.compute_loss_from_embeddings(embed_by_length(self.model, sentence_features), labels)
 
     def calculate_loss(
@@ -123,15 +98,15 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         """The mean over this process's rows.
 
         Args:
-            embeddings: of each column, ``(batch, dim)``.
-            labels: none, ``(batch,)`` classes, or ``(batch, 2 + columns)``.
+            embeddings: the embeddings of each column, ``(batch, dim)``.
+            labels: None, the rows' classes ``(batch,)``, or ``(batch, 2 + columns)`` as ``RowLabels`` packs them.
         """
         if len(embeddings) < 2:
             raise ValueError(f"The loss takes the columns anchor, positive, ...; got {len(embeddings)}.")
-        anchor, *documents = (F.normalize(column, dim=-1) for column in embeddings)
-        documents = torch.stack(documents, dim=1)  # (batch, 1 + negatives, dim)
-        rows = Rows.read(labels, self.in_batch_negatives, anchor)
-        scores = torch.einsum("bd,bnd->bn", anchor, documents)  # own ones, the positive first
+        anchor, *others = (F.normalize(column, dim=-1) for column in embeddings)
+        documents = torch.stack(others, dim=1)  # (batch, 1 + negatives, dim)
+        rows = RowLabels.unpack(labels, self.in_batch_negatives, anchor)
+        scores = torch.einsum("bd,bnd->bn", anchor, documents)  # of the row's own, the positive first
         if rows.texts is not None:
             scores = scores.masked_fill(rows.texts[:, 1:] == NONE, -torch.inf)
         # Asked of all processes alike: where one gathers, all must.
@@ -144,13 +119,13 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
             )
         return F.cross_entropy(scores * self.scale, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
 
-    def _other_rows(self, anchor: Tensor, documents: Tensor, positive_score: Tensor, rows: Rows) -> Tensor:
+    def _other_rows(self, anchor: Tensor, documents: Tensor, positive_score: Tensor, rows: RowLabels) -> Tensor:
         """``(batch, rows of all processes · documents)``: scores, minus infinity where a document is no negative."""
-        here = torch.arange(len(anchor), device=anchor.device)
-        own = here  # this process's rows among all
+        local = torch.arange(len(anchor), device=anchor.device)
+        places = local  # of this process's rows among all
         group, label, texts = rows.group, rows.label, rows.texts
         if self.gather_across_devices:
-            own = here + get_rank() * len(anchor)
+            places = local + get_rank() * len(anchor)
             documents = all_gather_with_grad(documents)
             if documents.requires_grad:
                 # NOTE: the gather's backward pass takes memory as it lies, and einsum's gradients lie otherwise.
@@ -159,15 +134,14 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
             texts = None if texts is None else all_gather(texts)
         scores = torch.einsum("bd,rnd->brn", anchor, documents)  # (batch, rows, 1 + negatives)
         allowed = (rows.group.unsqueeze(1) == group) & (rows.group.unsqueeze(1) != NONE)  # (batch, rows)
-        allowed[here, own] = False
-        # Of another class, a row's positive is wrong here; of the same class, its negatives are. Else nobody knows.
+        allowed[local, places] = False
+        # A positive of the same class is no negative here, and a hard negative of another class may be a positive.
         both, same = (rows.label.unsqueeze(1) != NONE) & (label != NONE), rows.label.unsqueeze(1) == label
         positives, negatives = allowed & ~(both & same), allowed & (same | ~both)
         allowed = torch.stack([positives, *[negatives] * (scores.shape[2] - 1)], dim=2)  # (batch, rows, 1 + negatives)
-        if texts is not None:
-            others = texts[:, 1:]
-            right = rows.texts[:, :2]  # the row's anchor and positive
-            allowed &= (others != NONE) & (others.unsqueeze(-1) != right[:, None, None, :]).all(dim=-1)
+        if texts is not None and rows.texts is not None:
+            others, anchor_and_positive = texts[:, 1:], rows.texts[:, None, None, :2]
+            allowed &= (others != NONE) & (others.unsqueeze(-1) != anchor_and_positive).all(dim=-1)
         if self.false_negative_margin is not None:
             limit = positive_score - (1 - self.false_negative_margin) * positive_score.abs()  # (batch, 1)
             allowed &= scores <= limit.unsqueeze(2)

@@ -4,17 +4,12 @@
     EBAR   the embedding of "{text} The next sentence:"     predicts the words of the text that follows
 
 Both are a bag-of-words cross-entropy through the LLM's own vocabulary projection W: -log softmax(W e) over the
-target's set of tokens. One pass serves both: the two suffixes stand one after the other, cannot see each other,
-and both start at the position after the text:
-
-    position    0 1 2 3 | 4 5 6 7 | 4 5 6 7
-    tokens      t e x t | S E L F | N E X T        SELF sees text and SELF, NEXT sees text and NEXT, text sees text
+target's set of tokens. One pass serves both, see ``joint_prompts.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,23 +17,13 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
+from st_llm_embed.losses.chunked_cross_entropy import ChunkedCrossEntropy
+from st_llm_embed.losses.joint_prompts import JointPrompts, check_llm, join_prompts
 from st_llm_embed.modules import LLMBackbone
-from st_llm_embed.modules.llm_backbone import special_ids
-from st_llm_embed.tasks import EBAE_PROMPT, EBAR_PROMPT
+from st_llm_embed.modules.special_tokens import special_ids
+from st_llm_embed.recipes import EBAE_PROMPT, EBAR_PROMPT
 
-TEXT, SELF, NEXT, PAD = range(4)
 FORMS = ("mean", "paper", "release")
-CHUNK = 128  # positions whose vocabulary logits exist at once in the autoregressive term
-
-
-@dataclass
-class JointPrompts:
-    """A batch of texts with both suffixes: the backbone's features and where the two embeddings are."""
-
-    texts: list[list[int]]  # as cut to fit
-    features: dict[str, Tensor]
-    self_positions: Tensor  # (batch, num_tokens): the last tokens of SELF
-    next_positions: Tensor  # (batch, num_tokens): the last tokens of NEXT
 
 
 class PretextLoss(nn.Module):
@@ -77,7 +62,9 @@ class PretextLoss(nn.Module):
 
     Raises:
         ValueError: if the model has no LLMBackbone, no tied LM head and none is given, the prompts lack ``{text}`` or
-            differ before it, the form is unknown, or an autoregressive loss is asked of a bidirectional model.
+            differ before it, the form is unknown, or an autoregressive loss is asked of a bidirectional model; and for
+            an LLM that counts positions by itself, or passes information between tokens other than by attention under
+            a mask: it cannot have both prompts in one row.
     """
 
     def __init__(
@@ -100,7 +87,8 @@ class PretextLoss(nn.Module):
         if lm_head is None and not backbone.config.get_text_config().tie_word_embeddings:
             raise ValueError(
                 f"{backbone.config.model_type!r} does not tie its LM head to its input embeddings. Pass "
-                "lm_head=AutoModelForCausalLM.from_pretrained(base).get_output_embeddings()."
+                "lm_head=AutoModelForCausalLM.from_pretrained(base).get_output_embeddings(), or in a configuration "
+                "loss: {lm_head: base}."
             )
         for prompt in (self_prompt, next_prompt):
             if "{text}" not in prompt:
@@ -114,6 +102,7 @@ class PretextLoss(nn.Module):
             raise ValueError(f"form={form!r} is unknown. Valid forms: {', '.join(FORMS)}.")
         if form == "release" and backbone.attention != "causal":
             raise ValueError("form='release' predicts each next token: it needs attention='causal'.")
+        check_llm(backbone.model)
         self.model = model
         self.self_prompt = self_prompt
         self.next_prompt = next_prompt
@@ -186,7 +175,7 @@ class PretextLoss(nn.Module):
         rows, columns = torch.tensor(places, device=hidden.device).T
         states = hidden[rows, columns - 1]  # (tokens, dim)
         targets = torch.tensor([texts[row][column] for row, column in places], device=hidden.device)
-        return _ChunkedCrossEntropy.apply(states, *self._vocabulary_projection(), targets) / len(places)
+        return ChunkedCrossEntropy.apply(states, *self._vocabulary_projection(), targets) / len(places)
 
     def compute_loss_from_embeddings(
         self, embeddings: list[Tensor], targets: list[list[list[int]]]
@@ -195,7 +184,7 @@ class PretextLoss(nn.Module):
 
         Args:
             embeddings: EBAE's and EBAR's hidden states, each ``(batch, num_tokens, dim)``.
-            targets: for each, the token ids of every row's target text. Special tokens and repetitions do not count.
+            targets: the token ids of every row's target text, for each. Special tokens and repetitions do not count.
         """
         special = set(self.tokenizer.all_special_ids)
         projection = self._vocabulary_projection()
@@ -216,45 +205,24 @@ class PretextLoss(nn.Module):
         return self._llm[0].get_input_embeddings().weight, None  # asked anew: an adapter may have come in between
 
     def join_prompts(self, text_ids: list[list[int]], device: torch.device) -> JointPrompts:
-        """Build ``text SELF NEXT`` for a batch, padded on the right.
+        """Both prompts of each text in one row, cut to the model's longest text.
 
         Args:
             text_ids: each row's tokens as the backbone's ``preprocess`` gives them, without padding.
-            device: where to put the tensors.
+            device: the device of the tensors.
         """
         longest_suffix = max(len(self.self_ids), len(self.next_ids))
         room = None if self.max_seq_length is None else self.max_seq_length - longest_suffix
         end = len(self.end_ids)
         texts = [(row[:-end] if end and row[-end:] == self.end_ids else row)[:room] for row in text_ids]
-        tail = len(self.self_ids) + len(self.next_ids)
-        seq = max(map(len, texts)) + tail
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor(
-            [row + self.self_ids + self.next_ids + [pad] * (seq - tail - len(row)) for row in texts], device=device
-        )
-        length = torch.tensor([[len(row)] for row in texts], device=device)  # (batch, 1)
-        columns = torch.arange(seq, device=device).expand_as(input_ids)
-        next_start = length + len(self.self_ids)
-        block = TEXT + sum(
-            (columns >= start).long() for start in (length, next_start, next_start + len(self.next_ids))
-        )
-        # NEXT restarts where SELF started, so that each suffix stands as if the other were not there.
-        position_ids = columns - (block >= NEXT) * len(self.self_ids)
-        query, key = block.unsqueeze(2), block.unsqueeze(1)
-        structured_mask = (key == TEXT) & (query != PAD) | (key == query)  # padding sees padding: no empty row
-        if self.causal:
-            structured_mask &= torch.ones(seq, seq, dtype=torch.bool, device=device).tril()
-        last = torch.arange(-self.num_tokens, 0, device=device)
-        return JointPrompts(
+        return join_prompts(
             texts,
-            {
-                "input_ids": input_ids,
-                "attention_mask": (block != PAD).long(),
-                "position_ids": position_ids,
-                "structured_mask": structured_mask,
-            },
-            self_positions=next_start + last,
-            next_positions=next_start + len(self.next_ids) + last,
+            self.self_ids,
+            self.next_ids,
+            num_tokens=self.num_tokens,
+            pad=self.tokenizer.pad_token_id,
+            causal=self.causal,
+            device=device,
         )
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -280,54 +248,11 @@ class PretextLoss(nn.Module):
 """
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """``cross_entropy(states @ weight.T + bias, targets, reduction="sum")`` without ``(tokens, vocabulary)`` logits.
-
-    Those of a chunk of tokens are made, turned into loss and gradients at once, and dropped, so that none is kept for
-    the backward pass and the gradient of ``weight`` exists once.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-    ) -> Tensor:
-        wanted = [tensor is not None and tensor.requires_grad for tensor in (states, weight, bias)]
-        gradients = [
-            torch.zeros_like(tensor, dtype=torch.float32) if want else None
-            for tensor, want in zip((states, weight, bias), wanted, strict=True)
-        ]
-        total = states.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(states), CHUNK):
-            chunk, target = states[start : start + CHUNK], targets[start : start + CHUNK].unsqueeze(1)
-            log_probabilities = F.linear(chunk, weight, bias).float().log_softmax(dim=-1)  # (chunk, vocabulary)
-            total -= log_probabilities.gather(1, target).sum()
-            if not any(wanted):
-                continue
-            error = log_probabilities.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32))
-            if gradients[0] is not None:
-                gradients[0][start : start + CHUNK] = error.to(weight.dtype) @ weight
-            if gradients[1] is not None:
-                gradients[1].addmm_(error.T, chunk.float())
-            if gradients[2] is not None:
-                gradients[2] += error.sum(dim=0)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [tensor.dtype if tensor is not None else None for tensor in (states, weight, bias)]
-        return total
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [
-            None if kept is None else (kept * gradient).to(dtype)
-            for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None)
-
-
 def bag_of_words_loss(logits: Tensor, bags: list[list[int]], reduction: str = "mean") -> Tensor:
     """Mean over rows of the mean, or sum, of ``-log softmax(logits)`` over the row's bag; empty bags do not count.
 
     Args:
-        logits: ``(batch, vocabulary)``.
+        logits: the logits of the vocabulary, ``(batch, vocabulary)``.
         bags: each row's distinct token ids.
         reduction: ``"mean"`` or ``"sum"`` over a bag.
     """

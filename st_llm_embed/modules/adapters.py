@@ -16,10 +16,13 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from sentence_transformers.base.modules import Transformer
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import cached_file, check_peft_version, is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from .first_layers import keep_first_layers
 
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,7 +32,7 @@ OWN_BASE = "./base"  # the base that is saved beside its adapter, in this subfol
 HUB_ARGUMENTS = {"cache_dir", "token", "revision", "subfolder", "local_files_only"}
 
 
-def demand_peft() -> None:
+def check_peft() -> None:
     """Check, before the work, that adapters work here.
 
     Raises:
@@ -38,25 +41,25 @@ def demand_peft() -> None:
     try:
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError as error:
-        found = f"peft {version('peft')}" if is_peft_available() else "no peft"
+        installed = f"peft {version('peft')}" if is_peft_available() else "no peft"
         minor = ".".join(transformers.__version__.split(".")[:2])
         raise ImportError(
-            f"transformers {transformers.__version__} takes adapters of peft {MIN_PEFT_VERSION} or later, and {found} "
-            f"is installed. Fix: pip install 'peft>={MIN_PEFT_VERSION}'; where there is no such peft yet, an older "
-            f"transformers: pip install 'transformers<{minor}'."
+            f"transformers {transformers.__version__} takes adapters of peft {MIN_PEFT_VERSION} or later, and "
+            f"{installed} is installed. Fix: pip install 'peft>={MIN_PEFT_VERSION}'; where there is no such peft yet, "
+            f"an older transformers: pip install 'transformers<{minor}'."
         ) from error
 
 
 def split_hub_arguments(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those that say where on the Hub something is, and the others."""
+    """The arguments that say where on the Hub a file is, and the others."""
     where = {key: arguments[key] for key in HUB_ARGUMENTS & set(arguments)}
     return where, {key: value for key, value in arguments.items() if key not in where}
 
 
 def find_base(adapter: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """An adapter's base, and where on the Hub it is: the adapter's revision and subfolder are not its."""
-    saved = json.loads(Path(find_adapter_config_file(adapter, **where)).read_text(encoding="utf-8"))
-    base = saved["base_model_name_or_path"]
+    config = json.loads(Path(find_adapter_config_file(adapter, **where)).read_text(encoding="utf-8"))
+    base = config["base_model_name_or_path"]
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise FileNotFoundError(
             f"The base of the adapter {adapter!r}, {base!r}, is not there. Put it back, or write where it is now into "
@@ -67,17 +70,17 @@ def find_base(adapter: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]
         if Path(adapter).is_dir():  # whose subfolders transformers 5.20 passes over
             return str(Path(adapter, subfolder)), {**where, "subfolder": ""}
         return adapter, {**where, "subfolder": subfolder.as_posix()}
-    return base, {**where, "revision": saved.get("revision"), "subfolder": ""}
+    return base, {**where, "revision": config.get("revision"), "subfolder": ""}
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, where: dict[str, Any], num_layers: int | None) -> None:
     """Put an adapter on its base, which gets room first where the adapter brings more embeddings.
 
     Args:
-        model: the base.
-        adapter: a Hub id or a local folder.
+        model: the LLM to put it on.
+        adapter: the adapter's Hub id or local folder.
         where: the arguments that say where on the Hub the adapter is.
-        num_layers: how many of the LLM's layers are kept.
+        num_layers: how many of the LLM's first layers are kept; None for all.
 
     Raises:
         ValueError: naming tensors that the LLM has no place for, or that the file lacks.
@@ -136,8 +139,8 @@ def _take_all_tensors(model: PreTrainedModel, adapter_weights: str, report: Any,
                 left_out.append(name)
     if left_out and not getattr(report, "unexpected_keys", left_out):
         return  # experts that were saved one by one have been taken together
-    own = adapter.keys() - parameters.keys()
-    lacking = [name for name in sorted(own) if id(places[name]) not in taken and is_kept(name)]
+    expected = adapter.keys() - parameters.keys()
+    lacking = [name for name in sorted(expected) if id(places[name]) not in taken and is_kept(name)]
     if left_out or lacking:
         raise ValueError(
             f"The adapter does not fit {base!r}: the LLM has no place for {len(left_out)} of its {len(names)} tensors "
@@ -150,8 +153,8 @@ def save_lost_base(model: PreTrainedModel, folder: Path) -> None:
     """Write the LLM beside its adapter where the adapter could not find it again: read from a GGUF file, or from a
     folder that is gone."""
     file = folder / ADAPTER_CONFIG
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    base = saved["base_model_name_or_path"]
+    config = json.loads(file.read_text(encoding="utf-8"))
+    base = config["base_model_name_or_path"]
     if base and base != OWN_BASE and (Path(base).is_dir() or not Path(base).is_absolute()):
         return
     logger.warning(f"The adapter's base cannot be found at {base!r}, so it is saved too, in {folder / OWN_BASE}.")
@@ -162,4 +165,79 @@ def save_lost_base(model: PreTrainedModel, folder: Path) -> None:
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()}, assign=True)
     plain.tie_weights()
     plain.save_pretrained(folder / OWN_BASE)
-    file.write_text(json.dumps({**saved, "base_model_name_or_path": OWN_BASE}, indent=2), encoding="utf-8")
+    file.write_text(json.dumps({**config, "base_model_name_or_path": OWN_BASE}, indent=2), encoding="utf-8")
+
+
+class AdapterTransformer(Transformer):
+    """sentence-transformers' ``Transformer``, whose adapters come back as they were saved."""
+
+    num_layers: int | None = None  # how many of the LLM's first layers are kept; cut before it gets an adapter
+
+    def _load_config(
+        self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]
+    ) -> tuple[PretrainedConfig, bool]:
+        """The LLM's configuration; an adapter's is that of its base."""
+        where, others = split_hub_arguments(config_kwargs)
+        if backend != "torch" or find_adapter_config_file(model_name_or_path, **where) is None:
+            return super()._load_config(model_name_or_path, backend, config_kwargs)
+        check_peft()
+        base, base_where = find_base(model_name_or_path, where)
+        # Consent to an adapter's code is none to its base's, which was not run where transformers knows the type.
+        base_config, _ = PretrainedConfig.get_config_dict(base, **base_where)
+        if base_config.get("model_type") in CONFIG_MAPPING:
+            others["trust_remote_code"] = False
+        return AutoConfig.from_pretrained(base, **others, **base_where), True
+
+    def _load_model(
+        self,
+        model_name_or_path: str,
+        transformer_task: str,
+        config: PretrainedConfig,
+        backend: str,
+        is_peft_model: bool,
+        **model_kwargs: Any,
+    ) -> PreTrainedModel:
+        """Load the LLM; an adapter after its base, which gets room first where the adapter brings more embeddings."""
+
+        def load(*arguments: Any, **named: Any) -> PreTrainedModel:
+            llm = super(AdapterTransformer, self)._load_model(*arguments, **named)
+            if self.num_layers is not None:
+                keep_first_layers(llm, self.num_layers)
+            return llm
+
+        if not is_peft_model:
+            return load(model_name_or_path, transformer_task, config, backend, is_peft_model, **model_kwargs)
+        where, others = split_hub_arguments(model_kwargs)
+        base, base_where = find_base(model_name_or_path, where)
+        # NOTE: of an adapter, sentence-transformers 6.2 drops the revision, and transformers then takes main's.
+        # Told where to look for an adapter of the base's own, lest it finds this one above a base in a subfolder.
+        others["adapter_kwargs"] = base_where
+        if is_of_transformers(config):
+            others["trust_remote_code"] = False
+        model = load(base, transformer_task, config, backend, False, **others, **base_where)
+        if base.startswith(model_name_or_path):  # beside it, where the next adapter cannot find it
+            model.name_or_path = ""
+        load_adapter(model, model_name_or_path, where, self.num_layers)
+        return model
+
+    def get_config_dict(self) -> dict[str, Any]:
+        config = super().get_config_dict()
+        if self._has_adapter() and not getattr(self.model, "is_quantized", False):
+            # An adapter's base would come back in the precision of its own files.
+            dtype = str(self.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+            config["model_kwargs"] = {"dtype": dtype}
+        return config
+
+    def _has_adapter(self) -> bool:
+        return getattr(self.model, "_hf_peft_config_loaded", False)
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write it; of an LLM with an adapter only that, and the LLM besides where the adapter could not name it."""
+        super().save(output_path, *args, **kwargs)
+        if self._has_adapter():
+            save_lost_base(self.model, Path(output_path))
+
+
+def is_of_transformers(thing: Any) -> bool:
+    """Is it of a class of transformers, and not of code that came with a model?"""
+    return type(thing).__module__.startswith("transformers.")

@@ -25,14 +25,14 @@ def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
     """Cut the LLM to its first ``num_layers`` layers; embeddings and the final norm stay.
 
     Args:
-        model: as it was loaded, without an adapter. Of no further use where it was refused.
-        num_layers: how many to keep.
+        model: the LLM as it was loaded, without an adapter. Of no further use where it was refused.
+        num_layers: how many layers to keep.
 
     Raises:
         ValueError: if ``num_layers`` is outside 1..depth, or if the cut LLM would be another one after loading.
     """
     config = model.config.get_text_config()
-    demand_depth(config, num_layers)
+    check_depth(config, num_layers)
     depth = config.num_hidden_layers
     if num_layers < depth:
         try:
@@ -44,8 +44,9 @@ def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
             ) from error
 
 
-def demand_depth(config: PretrainedConfig, num_layers: int) -> None:
-    """
+def check_depth(config: PretrainedConfig, num_layers: int) -> None:
+    """Check that an LLM has so many layers.
+
     Raises:
         ValueError: if ``num_layers`` is outside 1..depth.
     """
@@ -87,8 +88,8 @@ def _of_first_layers(config: PretrainedConfig, num_layers: int) -> dict[str, Any
             usual = vars(default).get(key)
             if not usual or isinstance(usual, list | tuple) and len(usual) == default.num_hidden_layers:
                 changes[key] = list(value[:num_layers])
-    if own := config.to_dict().get("per_layer_config"):
-        changes["per_layer_config"] = {index: values for index, values in own.items() if int(index) < num_layers}
+    if per_layer := config.to_dict().get("per_layer_config"):
+        changes["per_layer_config"] = {index: values for index, values in per_layer.items() if int(index) < num_layers}
     if hasattr(config, "attention_types"):  # gpt_neo: the kinds of its layers, as repetitions
         changes["attention_types"] = [[list(config.attention_layers[:num_layers]), 1]]
     if shared := getattr(config, "num_kv_shared_layers", None):  # gemma3n, gemma4: so many of the last layers
@@ -122,11 +123,15 @@ def _without_weights(model: PreTrainedModel, changes: dict[str, Any]) -> tuple[P
 
 def _find_layers(whole: nn.Module, cut: nn.Module, num_layers: int) -> str:
     """The name of the one list that is shorter."""
-    lists = {name: part for name, part in whole.named_modules() if isinstance(part, nn.ModuleList)}
-    shorter = [name for name, part in cut.named_modules() if name in lists and len(part) < len(lists[name])]
-    if len(shorter) != 1 or len(cut.get_submodule(shorter[0])) != num_layers:
+    before, after = _module_lists(whole), _module_lists(cut)
+    shorter = [name for name in before if name in after and len(after[name]) < len(before[name])]
+    if len(shorter) != 1 or len(after[shorter[0]]) != num_layers:
         raise ValueError("it has no single list of as many layers as its config counts")
     return shorter[0]
+
+
+def _module_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
 
 
 def _changed_values(
@@ -149,7 +154,7 @@ def _changed_values(
 
 def _changed_shapes(whole: nn.Module, cut: nn.Module, stack: str, num_layers: int) -> dict[str, torch.Size]:
     """The shapes of tensors that hold something of all layers together, those of the first layers first."""
-    depth = len(whole.get_submodule(stack))
+    depth = len(_module_lists(whole)[stack])
     removed = tuple(f"{stack}.{index}." for index in range(num_layers, depth))
     before = {name: tensor.shape for name, tensor in whole.state_dict().items() if not name.startswith(removed)}
     after = {name: tensor.shape for name, tensor in cut.state_dict().items()}

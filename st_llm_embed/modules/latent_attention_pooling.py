@@ -41,16 +41,16 @@ class LatentAttentionPooling(Module):
     ``mlp_norm``, ``mlp_in`` (of ``geglu``: values, then gates), ``mlp_out``.
 
     Args:
-        embedding_dimension: width of the token embeddings, and of the result.
-        num_latents: rows of the trained latent array.
-        num_heads: attention heads.
-        head_dim: width of each head. Default: ``embedding_dimension // num_heads``, which suits small LLMs; NV-Embed
-            uses 4096, the whole width, in each of its 8 heads.
-        mlp_ratio: inner width of the MLP in units of ``embedding_dimension``.
+        embedding_dimension: the width of the token embeddings, and of the result.
+        num_latents: the number of rows of the trained latent array.
+        num_heads: the number of attention heads.
+        head_dim: the width of each head. Default: ``embedding_dimension // num_heads``, which suits small LLMs;
+            NV-Embed uses 4096, the whole width, in each of its 8 heads.
+        mlp_ratio: the inner width of the MLP in units of ``embedding_dimension``.
         mlp: ``"geglu"`` as in the released code, ``"gelu"`` as the paper writes, or None for no MLP.
-        include_prompt: keep the prompt's tokens in the mean. NV-Embed leaves them out; they are attended to by the LLM
-            either way. A text with no token but its prompt's is pooled over the prompt.
-        normalize: scale the result to length 1, as a ``Normalize`` module after it would.
+        include_prompt: whether the prompt's tokens count in the mean. NV-Embed leaves them out; they are attended to
+            by the LLM either way. A text with no token but its prompt's is pooled over the prompt.
+        normalize: whether to scale the result to length 1, as a ``Normalize`` module after it would.
 
     Raises:
         ValueError: if a size is below 1, ``head_dim`` is not given and ``num_heads`` does not divide the width, or
@@ -280,10 +280,10 @@ class LatentAttentionPooling(Module):
 
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **kwargs: Any) -> LatentAttentionPooling:
-        where = {k: kwargs.get(k) for k in ("token", "cache_folder", "revision")}
-        where["local_files_only"] = kwargs.get("local_files_only", False)
-        config = cls.load_config(model_name_or_path, subfolder=subfolder, **where)
-        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=cls(**config), **where)
+        hub_arguments = {k: kwargs.get(k) for k in ("token", "cache_folder", "revision")}
+        hub_arguments["local_files_only"] = kwargs.get("local_files_only", False)
+        config = cls.load_config(model_name_or_path, subfolder=subfolder, **hub_arguments)
+        return cls.load_torch_weights(model_name_or_path, subfolder=subfolder, model=cls(**config), **hub_arguments)
 
 
 def _real_tokens(features: dict[str, Any]) -> tuple[Tensor, Tensor, int]:

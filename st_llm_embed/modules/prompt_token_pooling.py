@@ -21,8 +21,8 @@ class PromptTokenPooling(Module):
     """Mean over each text's last ``num_tokens`` tokens (all of them where the text has fewer).
 
     Args:
-        embedding_dimension: width of the token embeddings, and of the result.
-        num_tokens: 1 for the paper's prompts, 8 for the released code's.
+        embedding_dimension: the width of the token embeddings, and of the result.
+        num_tokens: how many last tokens to average: 1 for the paper's prompts, 8 for the released code's.
 
     Raises:
         ValueError: if ``num_tokens`` is below 1.

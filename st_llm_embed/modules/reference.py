@@ -69,8 +69,11 @@ def warn_if_changed(model: SentenceTransformer, stored: dict[str, Any], dtype_ch
 
     Args:
         model: the model that was loaded.
-        stored: its ``reference.json``.
-        dtype_chosen: the caller of the loading chose the precision: another one is no surprise.
+        stored: the content of its ``reference.json``.
+        dtype_chosen: whether who loads the model chose its precision, so that another one is no surprise.
+
+    Raises:
+        ValueError: if the first text is too long to be embedded at each loading.
     """
     text, prompts = stored["texts"][0], stored["prompts"]
     if len(text) > LONGEST:

@@ -1,0 +1,61 @@
+"""Evaluate a model with mteb, on its tasks or on folders.
+
+Evaluate a model under the prompts saved in it. Results are mteb's files, kept by the model's revision, precision and
+attention: an interrupted evaluation goes on. Prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from st_llm_embed.cli.shared import MODEL, add_revision, add_trust
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help=MODEL)
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        help="the names of mteb's tasks or benchmarks, or folders: BEIR's layout, or SPLIT.jsonl[.gz] with sentence1, "
+        "sentence2, score (STS) or label (pairs), or text, label (classes; clusters if there is no train.jsonl)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("results"), help="the folder of the results (default: %(default)s)"
+    )
+    parser.add_argument("--split", default="test", help="the split of the folders' data (default: %(default)s)")
+    parser.add_argument("--parity", action="store_true", help="compare the ways to run the model instead")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="the number of texts encoded at once (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", help="the precision of the weights, such as bfloat16 (default: as saved)")
+    parser.add_argument(
+        "--attn-implementation", help="the attention: eager, sdpa or flash_attention_2 (default: the LLM's)"
+    )
+    parser.add_argument(
+        "--max-seq-length", type=int, help="the tokens of the longest text, prompt included (default: as saved)"
+    )
+    parser.add_argument("--device", help="the device to encode on, such as cuda (default: the best there is)")
+    add_revision(parser)
+    add_trust(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.evaluation import evaluate, parity
+    from st_llm_embed.evaluation.parity import as_markdown
+    from st_llm_embed.files import check_writable
+
+    not_settings = {"source", "tasks", "output", "parity", "run", "debug"}
+    settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
+    if arguments.parity:
+        check_writable(arguments.output)  # as evaluate does by itself
+        if chosen := [name for name in ("dtype", "attn_implementation") if settings.pop(name)]:
+            raise ValueError(f"--parity compares precisions and attentions itself: leave out {', '.join(chosen)}.")
+        table = as_markdown(parity(arguments.source, arguments.tasks, **settings))
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "parity.md").write_text(table, encoding="utf-8")
+        print(table)
+    else:
+        evaluated = evaluate(arguments.source, arguments.tasks, arguments.output, **settings)
+        print(f"{evaluated.table}\nThis table and mteb's files are in {evaluated.folder}.")

@@ -1,0 +1,87 @@
+"""Add hard negatives to a data set.
+
+Let a teacher model rank a corpus for every anchor, and take the hardest texts that score well below its positive.
+Writes train.jsonl, report.json and histogram.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from st_llm_embed.cli.shared import MODEL, NEW_FOLDER, ROWS, add_columns, add_trust
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help=f"the rows: {ROWS}, with the columns anchor and positive")
+    parser.add_argument("teacher", help=MODEL)
+    add_columns(parser, "--columns", "the rows, such as anchor=question positive=answer")
+    parser.add_argument("--output", type=Path, required=True, help=NEW_FOLDER)
+    parser.add_argument(
+        "--corpus",
+        help=f"the documents to search besides the positives: {ROWS}, or a folder in BEIR's layout, with the column "
+        "text, and title if there is one (both are one document)",
+    )
+    add_columns(parser, "--corpus-columns", "the corpus, such as text=body title=headline")
+    parser.add_argument(
+        "--num-negatives", type=int, default=7, help="the number of negatives of each row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--relative-margin",
+        type=_margin,
+        default=0.05,
+        help="the share of the positive's score by which a negative must score lower, or none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--absolute-margin",
+        type=_margin,
+        help="the difference of cosines by which a negative must score lower, too, or none (default: none)",
+    )
+    parser.add_argument(
+        "--range-min",
+        type=int,
+        default=0,
+        help="the number of hardest candidates to skip, as positives that nobody marked (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--range-max", type=int, default=100, help="the number of candidates of each anchor (default: %(default)s)"
+    )
+    parser.add_argument("--query-prompt", help="the prompt of the anchors (default: the teacher's own)")
+    parser.add_argument("--corpus-prompt", help="the prompt of the documents (default: the teacher's own)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="the number of texts encoded at once (default: %(default)s)"
+    )
+    parser.add_argument("--use-faiss", action="store_true", help="search with FAISS, on the CPU")
+    parser.add_argument(
+        "--cache-folder", help="the folder that keeps the vectors: an interrupted run goes on, another starts ahead"
+    )
+    add_trust(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.data import load_corpus, load_rows
+    from st_llm_embed.files import check_empty
+    from st_llm_embed.mining import load_teacher, mine_negatives
+
+    try:
+        from st_llm_embed.mining.histogram import write_mined
+    except ModuleNotFoundError as error:
+        raise ImportError(f"The picture needs {error.name!r}. Fix: pip install 'st-llm-embed[plots]'.") from error
+
+    check_empty(arguments.output.resolve())
+    sources = {key: getattr(arguments, key) for key in ("data", "teacher", "corpus")}
+    not_settings = {*sources, "columns", "corpus_columns", "output", "trust_remote_code", "run", "debug"}
+    settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
+    rows, report = mine_negatives(
+        load_rows(arguments.data, columns=dict(arguments.columns)),
+        load_teacher(arguments.teacher, arguments.trust_remote_code),
+        load_corpus(arguments.corpus, dict(arguments.corpus_columns)) if arguments.corpus else None,
+        **settings,
+    )
+    written = write_mined(rows, report, arguments.output, {**sources, **settings})
+    print(f"Wrote {len(rows)} of {report.rows} rows to {written}.")
+    print(f"Of {report.candidates} candidates were dropped, by rule: {report.dropped}.")
+
+
+def _margin(text: str) -> float | None:
+    return None if text == "none" else float(text)

@@ -1,0 +1,38 @@
+"""Put a model on the Hugging Face Hub, checked before.
+
+Load a model folder, seal it, check it in a fresh process without this package, and upload it. Log in before with `hf
+auth login`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from st_llm_embed.cli.shared import add_trust
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="the folder that the trainer, save_pretrained or this package wrote")
+    parser.add_argument("repo_id", help="the repository on the Hub, organisation/name")
+    parser.add_argument(
+        "--adapter", choices=["merge", "only"], help="what to do with a LoRA adapter: fold it in, or publish it alone"
+    )
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--exist-ok", action="store_true", help="replace what the repository holds")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--revision", help="the branch to commit to (default: main)")
+    parser.add_argument("--license", help="the licence of the model, such as apache-2.0 (default: its base's)")
+    parser.add_argument("--samples", action="store_true", help="leave rows of the training data in the card")
+    add_trust(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.hub import publish
+    from st_llm_embed.trust import load_trusted
+
+    model = load_trusted(arguments.folder, arguments.trust_remote_code)
+    if arguments.license:
+        model.model_card_data.set_license(arguments.license)
+    names = ("adapter", "private", "exist_ok", "create_pr", "revision", "samples")
+    url = publish(model, arguments.repo_id, **{name: getattr(arguments, name) for name in names})
+    print(f"Published: {url}")

@@ -1,0 +1,32 @@
+"""Write a model as a folder that loads without this package.
+
+Load a folder that the trainer or save_pretrained wrote, write it with all that it needs, and compare its vectors in a
+fresh process: what publish does before it uploads.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from st_llm_embed.cli.shared import NEW_FOLDER, add_trust
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="the folder of the model")
+    parser.add_argument("output", help=NEW_FOLDER)
+    parser.add_argument("--license", help="the licence of the model, such as apache-2.0 (default: its base's)")
+    parser.add_argument("--samples", action="store_true", help="leave rows of the training data in the card")
+    add_trust(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.files import check_empty
+    from st_llm_embed.hub import save_sealed
+    from st_llm_embed.trust import load_trusted
+
+    check_empty(Path(arguments.output).resolve())
+    model = load_trusted(arguments.source, arguments.trust_remote_code)
+    if arguments.license:
+        model.model_card_data.set_license(arguments.license)
+    print(f"Wrote {save_sealed(model, arguments.output, samples=arguments.samples)}.")

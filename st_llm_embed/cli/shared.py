@@ -1,0 +1,42 @@
+"""What several commands say alike."""
+
+from __future__ import annotations
+
+import argparse
+
+NEW_FOLDER = "the folder to write; it must not exist, or be empty"
+MODEL = "the folder or Hub id of a sentence-transformers model"
+ROWS = "a JSON lines, CSV, TSV or Parquet file, a folder that save_to_disk wrote, or a Hub id (its split train)"
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The flag of consent to a model's own code."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the model's own code; without it, code that this package does not ship is listed and refused",
+    )
+
+
+def add_columns(parser: argparse.ArgumentParser, flag: str, of: str) -> None:
+    """What columns are called in a file."""
+    parser.add_argument(
+        flag,
+        nargs="+",
+        type=_renaming,
+        default=[],
+        metavar="OURS=THEIRS",
+        help=f"what the columns are called in {of}",
+    )
+
+
+def _renaming(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not (ours and equals and theirs):
+        raise argparse.ArgumentTypeError(f"{text!r} renames no column. Write OURS=THEIRS, such as anchor=question.")
+    return ours, theirs
+
+
+def add_revision(parser: argparse.ArgumentParser) -> None:
+    """The revision of a Hub repository."""
+    parser.add_argument("--revision", help="the branch, tag or commit of the Hub repository (default: main)")

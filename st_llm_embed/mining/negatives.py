@@ -1,0 +1,348 @@
+"""Hard negatives by a teacher's scores: the documents that it ranks high for an anchor, but well below the positive.
+
+TopK-PercPos of NV-Retriever (arXiv 2407.15831), on which NV-Embed-v2 trains: of the documents that score below 95 % of
+the positive's score, take the top ones. Also an absolute margin, and top-k inside a window of ranks.
+
+In: ``anchor, positive``. Out: ``anchor, positive, negative_1..n``, and a report of what each rule dropped. Spellings
+of one text (``normal_form``) are one, and so are a document with its title and without.
+
+sentence-transformers' ``mine_hard_negatives``, whose rules and argument names these are, does not serve here. It holds
+all texts and vectors in memory; it writes its cache only when everything is encoded, and names it by the *base* model,
+which two fine-tunes share; an anchor's own text may become its negative; its report is printed. Here texts stay in
+Arrow files, and vectors in shards on disk. In memory at once are one shard, its scores for 1,024 anchors, the best
+``range_max`` scores of every anchor, and a few integers for every row and text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
+
+from st_llm_embed.data.columns import check_contrastive_columns
+from st_llm_embed.data.corpus import read_corpus
+from st_llm_embed.data.normal_form import normal_form
+from st_llm_embed.files import read_json
+from st_llm_embed.mining.embedding_cache import SHARD_SIZE, EmbeddingCache
+from st_llm_embed.mining.search import cosines_of, exact_search, faiss_search, find_nearest
+from st_llm_embed.trust import fetch, load_trusted
+
+BINS = np.linspace(-1, 1, 101)  # of the report's histograms
+
+
+@dataclass(frozen=True)
+class MiningReport:
+    """What was mined from what.
+
+    Args:
+        rows: the number of rows of the data set.
+        rows_dropped: the number of rows dropped, as too few negatives were left for them.
+        anchors: the number of distinct anchors.
+        documents: the number of distinct texts searched.
+        candidates: the number of documents looked at, over all distinct anchors.
+        dropped: the number of candidates that each rule dropped; one that both margins drop counts for the relative
+            one.
+        scores: mean, minimum, quartiles and maximum of the cosines of the positives (``positive``, of all rows) and of
+            the chosen negatives (``negative``, of the rows that are left).
+        histograms: the counts of the same cosines in 100 bins of equal width from -1 to 1.
+    """
+
+    rows: int
+    rows_dropped: int
+    anchors: int
+    documents: int
+    candidates: int
+    dropped: dict[str, int]
+    scores: dict[str, dict[str, float]]
+    histograms: dict[str, list[int]]
+
+
+def mine_negatives(
+    dataset: Dataset,
+    teacher: SentenceTransformer,
+    corpus: Dataset | Sequence[str] | None = None,
+    *,
+    num_negatives: int = 7,
+    relative_margin: float | None = 0.05,
+    absolute_margin: float | None = None,
+    range_min: int = 0,
+    range_max: int = 100,
+    query_prompt: str | None = None,
+    corpus_prompt: str | None = None,
+    batch_size: int = 32,
+    shard_size: int = SHARD_SIZE,
+    use_faiss: bool = False,
+    cache_folder: str | Path | None = None,
+) -> tuple[Dataset, MiningReport]:
+    """Give each row of ``dataset`` the negatives that ``teacher`` finds hardest.
+
+    An anchor's candidates are the ``range_max`` documents of the highest cosine, but for its own text and for the
+    positives of every row that has this anchor. The margins drop those too close to the positive (to the lowest, where
+    there are several). Of the others the first ``range_min`` are skipped; the next ``num_negatives`` are taken.
+
+    Args:
+        dataset: the data set, with columns ``anchor`` and ``positive``; others are left out.
+        teacher: any ``SentenceTransformer``, which gives each text one vector.
+        corpus: the texts to choose from, besides all positives: a sequence, or a data set with a column ``text``, and
+            ``title`` if it has one (they are joined), which may be larger than memory. Default: the positives alone.
+        num_negatives: the number of negatives of each row; a row left with fewer is dropped.
+        relative_margin: the share of the positive's cosine by which a negative's must be lower: candidates above
+            ``positive - relative_margin * |positive|`` are dropped. 0.05 is NV-Retriever's 95 %; None switches the
+            rule off.
+        absolute_margin: the cosine by which a negative's must be lower than the positive's: candidates above
+            ``positive - absolute_margin`` are dropped. None switches the rule off.
+        range_min: how many of the hardest candidates to skip, as positives that nobody has marked.
+        range_max: how many candidates of each anchor to look at.
+        query_prompt: the prompt of the anchors. Default: the teacher's own, as in ``encode_query``.
+        corpus_prompt: the prompt of the documents. Default: the teacher's own, as in ``encode_document``.
+        batch_size: the number of texts encoded at once.
+        shard_size: the number of vectors in a file, which an interruption loses at most.
+        use_faiss: whether to search with FAISS, on the CPU, instead of with torch on the teacher's device. Both are
+            exact.
+        cache_folder: the folder in which the vectors stay for later runs. Default: they are deleted.
+
+    Returns:
+        The rows that are left, in their order, as ``anchor``, ``positive``, ``negative_1..n`` with the hardest first;
+        and the report.
+
+    Raises:
+        ValueError: for another kind of teacher, misnamed columns, empty texts, numbers out of range, vectors that are
+            not finite, and if no row is left.
+        ImportError: if FAISS is asked for and not installed.
+    """
+    _check_numbers(num_negatives, relative_margin, absolute_margin, range_min, range_max, shard_size)
+    if use_faiss and importlib.util.find_spec("faiss") is None:
+        raise ImportError("use_faiss=True needs FAISS. Fix: pip install faiss-cpu.")
+    _check_teacher(teacher)
+    columns = [name for name in ("anchor", "positive") if name in dataset.column_names]
+    dataset = dataset.with_format(None).select_columns(columns if len(columns) == 2 else dataset.column_names)
+    check_contrastive_columns(dataset, "dataset")
+    anchors = dataset.select_columns(["anchor"]).rename_column("anchor", "text")
+    texts = _searched_texts(dataset, corpus)
+
+    numbers = _number_texts(texts, anchors, corpus)
+    query, positive = numbers.query, numbers.positive
+
+    with nullcontext(cache_folder) if cache_folder else tempfile.TemporaryDirectory() as folder:
+        cache = EmbeddingCache(teacher, folder, batch_size, shard_size)
+        queries = cache.queries(anchors, numbers.query_rows, query_prompt)
+        documents = cache.documents(texts, numbers.document_rows, corpus_prompt)
+        search = faiss_search if use_faiss else partial(exact_search, device=teacher.device)
+        scores, nearest = find_nearest(queries, documents, numbers.excluded, min(range_max, len(documents)), search)
+        positive_scores = cosines_of(queries, documents, query, positive)
+
+    candidate = np.isfinite(scores)  # (queries, k), best first
+    limits = _limits(query, positive_scores, relative_margin, absolute_margin)
+    chosen, dropped = _choose(candidate, scores, limits, range_min, num_negatives)
+
+    enough = chosen.sum(axis=1) > 0
+    kept = np.flatnonzero(enough[query])
+    if len(kept) == 0:
+        raise ValueError(
+            f"No row has num_negatives={num_negatives} negatives. {len(queries)} anchors had {candidate.sum()} "
+            f"candidates among {len(documents)} documents; dropped were, by rule: {dropped}. Fix: a larger corpus, a "
+            f"larger range_max ({range_max}), fewer negatives, or less of the rule that dropped most."
+        )
+    place = (enough.cumsum() - 1)[query[kept]]  # (kept rows,): each one's anchor among those with enough
+    negatives = nearest[chosen].reshape(-1, num_negatives)[place]  # (kept rows, n)
+    columns = [
+        texts.select(numbers.document_rows[negatives[:, i]]).rename_column("text", f"negative_{i + 1}")
+        for i in range(num_negatives)
+    ]
+    cosines = {"positive": positive_scores, "negative": scores[chosen].reshape(-1, num_negatives)[place]}
+    report = _report(len(dataset), len(kept), len(documents), candidate, dropped, cosines)
+    return concatenate_datasets([dataset.select(kept), *columns], axis=1), report
+
+
+def _check_numbers(
+    num_negatives: int,
+    relative_margin: float | None,
+    absolute_margin: float | None,
+    range_min: int,
+    range_max: int,
+    shard_size: int,
+) -> None:
+    if num_negatives < 1 or shard_size < 1:
+        raise ValueError(f"num_negatives={num_negatives} and shard_size={shard_size} must be at least 1.")
+    if range_min < 0 or range_max - range_min < num_negatives:
+        raise ValueError(
+            f"range_min={range_min} and range_max={range_max} must leave room for num_negatives={num_negatives}: "
+            "0 <= range_min, and range_min + num_negatives <= range_max."
+        )
+    if relative_margin is not None and not 0 <= relative_margin < 1:
+        raise ValueError(f"relative_margin={relative_margin} must be in [0, 1), such as 0.05, or None.")
+    if absolute_margin is not None and not 0 <= absolute_margin <= 2:
+        raise ValueError(f"absolute_margin={absolute_margin} must be in [0, 2], a difference of cosines, or None.")
+
+
+def load_teacher(source: str, trust_remote_code: bool = False) -> SentenceTransformer:
+    """A model of the Hub or a folder.
+
+    Raises:
+        ValueError: if it runs code that is not known, or is another kind of model, which sentence-transformers would
+            give an untrained pooling.
+    """
+    root = fetch(source)
+
+    def saved(name: str) -> dict:
+        return read_json(root / name) if (root / name).is_file() else {}
+
+    kind = saved("config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    heads = [] if saved("modules.json") else saved("config.json").get("architectures") or []
+    if any(str(head).endswith("ForSequenceClassification") for head in heads):
+        kind = "CrossEncoder"
+    if kind != "SentenceTransformer":
+        raise _no_teacher(kind)
+    return load_trusted(root, trust_remote_code)
+
+
+def _check_teacher(teacher: SentenceTransformer) -> None:
+    is_other_kind = isinstance(teacher, BaseModel) and not isinstance(teacher, SentenceTransformer)
+    if is_other_kind or not all(hasattr(teacher, method) for method in ("encode_query", "encode_document")):
+        raise _no_teacher(type(teacher).__name__)
+
+
+def _no_teacher(kind: str) -> ValueError:
+    return ValueError(
+        f"The teacher is a {kind}. A teacher is a SentenceTransformer (a bi-encoder): it gives each text one vector, "
+        "so that every anchor is compared with all documents. Fix: SentenceTransformer('org/model')."
+    )
+
+
+def _searched_texts(dataset: Dataset, corpus: Dataset | Sequence[str] | None) -> Dataset:
+    """One column ``text``: the corpus, then the positives of all rows. Nothing is copied from disk to memory."""
+    positives = dataset.select_columns(["positive"]).rename_column("positive", "text")
+    if corpus is None:
+        return positives
+    documents = read_corpus(corpus)
+    if positives.features != documents.features:  # large_string and string
+        positives = positives.cast(documents.features)
+    return concatenate_datasets([documents, positives])
+
+
+class _Numbers(NamedTuple):
+    """Each distinct text has a number: first the documents, from 0 on, then the anchors that are no document."""
+
+    document_rows: np.ndarray  # (documents,): the row of the searched texts in which each document is
+    query_rows: np.ndarray  # (queries,): the row of the data set in which each distinct anchor is
+    query: np.ndarray  # (rows,): each row's anchor among the distinct ones
+    positive: np.ndarray  # (rows,): each row's positive among the documents
+    excluded: tuple[np.ndarray, np.ndarray]  # pairs of a query and a text that is no negative of it, sorted, distinct
+
+
+def _number_texts(texts: Dataset, anchors: Dataset, corpus: Dataset | Sequence[str] | None) -> _Numbers:
+    digests = _with_titles(np.concatenate([_digests(texts), _digests(anchors)]), corpus)
+    first_row, number = _distinct(digests)
+    positive, anchor_text = number[len(texts) - len(anchors) : len(texts)], number[len(texts) :]  # (rows,)
+    query_rows, query = _distinct(anchor_text)
+    # An anchor's positives and its own text are no negatives of it.
+    pairs = np.unique(np.append(query, query) * len(first_row) + np.append(positive, anchor_text))
+    excluded = np.divmod(pairs, len(first_row))
+    return _Numbers(first_row[first_row < len(texts)], query_rows, query, positive, excluded)
+
+
+def _digests(texts: Dataset) -> np.ndarray:
+    """``(rows,)``: 64 bits of a hash of each text's normal form. That two of 100 million share one has a chance of
+    1 in 3,700."""
+    digests = (
+        hashlib.blake2b(normal_form(text).encode(), digest_size=8).digest()
+        for batch in texts.iter(batch_size=10_000)
+        for text in batch["text"]
+    )
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def _with_titles(digests: np.ndarray, corpus: Dataset | Sequence[str] | None) -> np.ndarray:
+    """``digests``, of which those of a document's text alone are that of the document with its title.
+
+    So are the queries of sets such as ArguAna, which are documents, and rows that were made without titles.
+    """
+    if not isinstance(corpus, Dataset) or "title" not in corpus.column_names:
+        return digests
+    titled = digests[: len(corpus)]
+    untitled = _digests(corpus.with_format(None).select_columns(["text"]))
+    order = np.argsort(untitled, kind="stable")
+    place = order[np.searchsorted(untitled, digests, sorter=order).clip(max=len(order) - 1)]
+    of_document = (untitled[place] == digests) & ~np.isin(digests, titled)
+    return np.where(of_document, titled[place], digests)
+
+
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number distinct values in the order in which they first come: the first place of each number, and the number of
+    each value."""
+    _, first, number = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return first[order], np.argsort(order)[number]
+
+
+def _limits(
+    query: np.ndarray, positive_scores: np.ndarray, relative: float | None, absolute: float | None
+) -> dict[str, np.ndarray]:
+    """The highest score that each margin allows, ``(queries,)``, below the lowest score of a query's positives."""
+    lowest = np.full(query.max() + 1, np.inf, np.float32)
+    np.minimum.at(lowest, query, positive_scores)
+    limits = {}
+    if relative is not None:
+        limits["relative_margin"] = lowest - relative * np.abs(lowest)
+    if absolute is not None:
+        limits["absolute_margin"] = lowest - absolute
+    return limits
+
+
+def _choose(
+    candidate: np.ndarray, scores: np.ndarray, limits: dict[str, np.ndarray], range_min: int, num_negatives: int
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Which candidates become negatives: all ``num_negatives`` of an anchor, or none; and how many each rule dropped.
+
+    Args:
+        candidate: ``(queries, k)``, which documents are candidates, best first.
+        scores: ``(queries, k)``, the cosines of these documents.
+        limits: ``(queries,)`` by rule, the highest score that the rule allows.
+        range_min: how many of the candidates that the rules allow are skipped.
+        num_negatives: the number of negatives for each query.
+    """
+    left, dropped = candidate, {}
+    for rule, limit in limits.items():
+        allowed = left & (scores <= limit[:, None])
+        dropped[rule] = int(left.sum() - allowed.sum())
+        left = allowed
+    rank = left.cumsum(axis=1, dtype=np.int32)  # from 1
+    dropped["range_min"] = int((left & (rank <= range_min)).sum())
+    chosen = left & (rank > range_min) & (rank <= range_min + num_negatives)
+    return chosen & (chosen.sum(axis=1, keepdims=True) == num_negatives), dropped
+
+
+def _report(
+    rows: int,
+    rows_left: int,
+    documents: int,
+    candidate: np.ndarray,
+    dropped: dict[str, int],
+    cosines: dict[str, np.ndarray],
+) -> MiningReport:
+    return MiningReport(
+        rows=rows,
+        rows_dropped=rows - rows_left,
+        anchors=len(candidate),
+        documents=documents,
+        candidates=int(candidate.sum()),
+        dropped=dropped,
+        scores={name: _summary(values) for name, values in cosines.items()},
+        histograms={name: np.histogram(values.clip(-1, 1), BINS)[0].tolist() for name, values in cosines.items()},
+    )
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    quantiles = zip(("min", "25%", "median", "75%", "max"), np.quantile(values, (0, 0.25, 0.5, 0.75, 1)), strict=True)
+    return {"mean": float(values.mean()), **{name: float(value) for name, value in quantiles}}

@@ -1,0 +1,98 @@
+"""What a run would do, before it does it: its stages, their data as the model will see them, steps and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer
+
+from st_llm_embed.training.run_config import Stage
+from st_llm_embed.training.stages import Run, begin, prepare_run, rehearsed
+from st_llm_embed.training.trainer import LLMEmbedTrainer
+
+LONGEST = 300  # characters of a text that are shown
+
+
+def describe_run(config: str | Path | Mapping[str, Any]) -> str:
+    """Check a configuration as ``train_stages`` does, and tell what it would do. Nothing is written or trained.
+
+    Args:
+        config: the configuration, or the path of a YAML file with it.
+
+    Returns:
+        For each stage: its data sets and their sizes, the steps, the rows of a step, the first row of its first batch
+        as the model gets it; and the memory of weights, gradients and optimizer.
+
+    Raises:
+        ValueError: see ``train_stages``.
+    """
+    run = prepare_run(config)
+    done = [folder for folder in run.folders if (folder / "model").is_dir()]
+    model = begin(run.settings, done[-1] / "model" if done else run.start)
+    lines = [f"Output: {run.output}", _memory(model)]
+    for number, (stage, arguments, folder) in enumerate(run.parts(), 1):
+        lines += ["", f"Stage {number}, {stage.name}: {_data(run, stage)}"]
+        if folder in done:
+            lines.append(f"  is finished: {folder / 'model'}")
+            continue
+        with rehearsed(stage, model, run, arguments) as trainer:
+            lines += [f"  {line}" for line in _steps(trainer)]
+            lines += [f"  {line}" for line in _first_row(trainer)]
+    return "\n".join(lines)
+
+
+def _data(run: Run, stage: Stage) -> str:
+    parts = []
+    for name in stage.data:
+        rows = run.data[name][0] if isinstance(run.data[name], tuple) else run.data[name]
+        parts.append(f"{name} ({len(rows):,} rows)" if isinstance(rows, Dataset) else f"{name} (a stream)")
+    return ", ".join(parts)
+
+
+def _memory(model: SentenceTransformer) -> str:
+    """Without activations, which go by batch and length, and without what the optimizer keeps."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in model.parameters())
+    return (
+        f"Model: {count:,} parameters; {weights / 1e6:,.0f} MB of weights, {trained / 1e6:,.0f} MB of gradients, "
+        "twice that for AdamW; activations come on top."
+    )
+
+
+def _steps(trainer: LLMEmbedTrainer) -> list[str]:
+    args = trainer.args
+    batch = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if args.max_steps > 0:
+        steps = f"{args.max_steps:,} steps"
+    else:
+        updates = max(1, len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
+        steps = f"{round(updates * args.num_train_epochs):,} steps ({args.num_train_epochs:g} epochs)"
+    lines = [f"{steps} of {batch} rows, {args.optim.value} at learning rate {args.learning_rate:g}"]
+    every = {
+        "steps": f"every {args.save_steps:g} steps",
+        "epoch": "every epoch",
+        "no": "never",
+        "best": "when it is best",
+    }
+    lines.append(f"loss {type(trainer.loss).__name__}, checkpoints {every[args.save_strategy.value]}")
+    if trainer.eval_dataset is not None:
+        lines.append(f"evaluated by {args.eval_strategy.value}, best by {args.metric_for_best_model}")
+    return lines
+
+
+def _first_row(trainer: LLMEmbedTrainer) -> list[str]:
+    """Each column's tokens as text, special ones too."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    lines = []
+    for key, ids in batch.items():
+        column, found, _ = key.partition("_input_ids")
+        if found:
+            real = ids[0][batch[f"{column}_attention_mask"][0].bool()]
+            text = trainer.processing_class.decode(real)
+            shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+            lines.append(f"{column}, {len(real)} tokens: {shown!r}")
+    return lines

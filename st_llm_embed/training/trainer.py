@@ -1,0 +1,321 @@
+"""SentenceTransformerTrainer that takes tasks: they set the prompts, the batches, the negatives, the saved prompts.
+
+With ``tasks``, NV-Embed's two stages (arXiv 2405.17428, section 4) differ in one switch: stage 1 uses in-batch
+negatives where the task allows them, stage 2 never does. Without ``tasks`` this is the host's trainer, with its data
+checked and its streams shuffled. Either way what is given and would have no effect is refused, and a loss that is no
+number ends the run, and says where.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from datasets import Dataset, DatasetDict, IterableDataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.data_collator import BaseDataCollator
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, ConcatDataset
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from st_llm_embed.data.columns import check_classes, check_pretext_columns
+from st_llm_embed.hub import publish
+from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
+from st_llm_embed.tasks import Task
+from st_llm_embed.training.collator import TaskCollator
+from st_llm_embed.training.sampler import TaskBatchSampler
+from st_llm_embed.training.sharding import prepare_for_sharding, whole_weights
+from st_llm_embed.training.task_plan import TaskPlan, check_blended_prompts, contrastive_loss
+from st_llm_embed.training.training_args import LLMEmbedTrainingArguments
+from st_llm_embed.weights.saved import is_quantized, load_saved
+
+SHUFFLE_BUFFER = 10_000  # rows of a stream: those of some hundred documents
+AnyDataset: TypeAlias = Dataset | IterableDataset | DatasetDict | dict[str, Dataset]
+
+
+class LLMEmbedTrainer(SentenceTransformerTrainer):
+    """The host's trainer with NV-Embed's stages and data checks.
+
+    Args:
+        model: the model to train.
+        args: ``LLMEmbedTrainingArguments``; what they add to the host's is read with ``tasks`` only.
+        train_dataset: with ``tasks``, a dict from task name to a data set of ``anchor``, ``positive``,
+            ``negative_1..n``, and perhaps ``label``, the class. A stream is shuffled in a buffer of 10,000 rows.
+        eval_dataset: likewise, each with as many negatives as it has.
+        loss: as in the host. With ``tasks``, ``InstructionContrastiveLoss`` as ``args`` say, or one of your own: with
+            settings of its own, or around it, such as ``MatryoshkaLoss``.
+        tasks: one ``Task`` for each data set.
+        **kwargs: the host's other arguments.
+
+    Raises:
+        ValueError: for data sets and tasks that do not match, misnamed columns, empty rows, labels that are no
+            classes, a task that has neither negatives of its own nor in-batch ones, ``tasks`` together with
+            ``args.prompts``, ``args.router_mapping``, a collator or a loss that does not read whose negatives are
+            whose, arguments without effect, blended prompts that the model's pooling cannot leave out, or neither
+            ``tasks`` nor a loss.
+        FloatingPointError: in training, when the loss is not finite.
+    """
+
+    training_args_class = LLMEmbedTrainingArguments
+
+    def __init__(
+        self,
+        model: SentenceTransformer | None = None,
+        args: LLMEmbedTrainingArguments | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | None = None,
+        loss: nn.Module | dict[str, nn.Module] | Callable[[SentenceTransformer], nn.Module] | None = None,
+        *,
+        tasks: Sequence[Task] | None = None,
+        data_collator: BaseDataCollator | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, LLMEmbedTrainingArguments | None):
+            raise ValueError(f"args is {type(args).__name__}. LLMEmbedTrainer takes LLMEmbedTrainingArguments.")
+        self.plan: TaskPlan | None = None
+        self.own_loss, self.own_collator = loss is not None, data_collator is not None
+        if tasks is not None:
+            if args is not None and (args.prompts or args.router_mapping):
+                raise ValueError(
+                    "tasks= sets the prompts and the router mapping itself: leave out args.prompts and "
+                    "args.router_mapping."
+                )
+            if data_collator is not None:
+                raise ValueError("tasks= brings its own collator: leave out data_collator.")
+            args = _own_copy(args)
+            if isinstance(loss, dict) and args.blended:
+                raise ValueError(
+                    "In blended batches all tasks have one loss. Give one, or set blended=False for a loss by task."
+                )
+            self.plan = TaskPlan(tasks, args)
+        elif isinstance(loss, PretextLoss) and loss.prefix and (args is None or not args.prompts):
+            args = _own_copy(args)
+            args.prompts = {"text": loss.prefix + "{text}"}
+        if args is not None:
+            args.check_effect(tasks, self.own_loss)
+        super().__init__(model, args, train_dataset, eval_dataset, loss, data_collator=data_collator, **kwargs)
+        if self.is_fsdp_enabled:
+            prepare_for_sharding(self.model)
+        self._save_prompts()
+
+    def _save_prompts(self) -> None:
+        if self.plan is not None:
+            self.model.prompts.update(self.plan.encoding_prompts(self.model))
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        # NOTE: with model_init each run makes a model, and a trial of a search sets its arguments only then.
+        super()._hp_search_setup(trial)
+        if self.model_init is None:
+            return
+        self.args.check_effect(self.plan and self.plan.tasks.values(), self.own_loss)
+        if self.plan is not None:
+            self.plan.set_groups(self.args)
+        if not self.own_collator:
+            self.data_collator = self.get_data_collator(self.model, self.args)
+        if not self.own_loss:
+            self.loss = self.prepare_loss(self.get_default_loss, self.model)
+        self._save_prompts()
+
+    def get_default_loss(self, model: SentenceTransformer) -> nn.Module:
+        if self.plan is None:
+            return super().get_default_loss(model)
+        return InstructionContrastiveLoss(
+            model,
+            scale=1 / self.args.temperature,
+            in_batch_negatives=self.plan.in_batch_negatives,
+            false_negative_margin=self.args.false_negative_margin,
+            mini_batch_size=self.args.mini_batch_size,
+            gather_across_devices=self.args.gather_across_devices,
+        )
+
+    def override_model_in_loss(self, loss: nn.Module, model: nn.Module) -> nn.Module:
+        # It reads the model when it is made. With model_init, each run has another model; other wrappers keep it.
+        if isinstance(loss, PretextLoss) and isinstance(model, SentenceTransformer):
+            return type(loss)(model, lm_head=loss.lm_head, **loss.get_config_dict())
+        return super().override_model_in_loss(loss, model)
+
+    def preprocess_dataset(
+        self, dataset: AnyDataset | None = None, dataset_name: str | None = None
+    ) -> Dataset | IterableDataset | DatasetDict | None:
+        if isinstance(dataset, dict):
+            # The host sets its transform on the data sets it gets: the caller's stay as they are.
+            dataset = DatasetDict({name: copy.copy(rows) for name, rows in dataset.items()})
+        training = dataset_name == "train"
+        if dataset is not None and self.plan is not None:
+            self._read_tasks(dataset, training, self.plan)
+        elif dataset is not None:
+            self._check_columns(dataset, training)
+        if training and isinstance(dataset, IterableDataset):
+            dataset = dataset.shuffle(seed=self.args.seed, buffer_size=SHUFFLE_BUFFER)
+        return super().preprocess_dataset(dataset, dataset_name)
+
+    def _read_tasks(self, dataset: AnyDataset, training: bool, plan: TaskPlan) -> None:
+        """Check the tasks' data sets, and give their columns prompts."""
+        if isinstance(dataset, Dataset) and len(dataset) and "dataset_name" in dataset[0]:
+            return  # one of a dict that has been here
+        if not isinstance(dataset, dict):
+            raise ValueError(
+                f"tasks= needs a dict of data sets by task name, such as {{{next(iter(plan.tasks))!r}: dataset}}; got "
+                f"{type(dataset).__name__}."
+            )
+        if unknown := sorted(set(dataset) - set(plan.tasks)):
+            raise ValueError(f"The data sets {unknown} have no task. Tasks: {sorted(plan.tasks)}.")
+        for name, rows in dataset.items():
+            plan.add_data(name, rows, training=training, blended=self.args.blended)
+            plan.check_loss(name, self.loss[name] if isinstance(self.loss, dict) else self.loss)
+        self.data_collator = self.get_data_collator(self.model, self.args)
+        if training and self.args.blended:
+            check_blended_prompts(self.args.prompts, dataset, self.model)
+
+    def _check_columns(self, dataset: AnyDataset, training: bool) -> None:
+        """Has a data set without tasks what its loss reads?"""
+        named = dataset if isinstance(dataset, dict) else {"train" if training else "eval": dataset}
+        for name, rows in named.items():
+            loss = self.loss.get(name) if isinstance(self.loss, dict) else self.loss
+            columns = list(rows.column_names or [])
+            labels = [column for column in self.data_collator.valid_label_columns if column in columns]
+            if isinstance(loss, PretextLoss):
+                check_pretext_columns(rows, name)
+            elif not self.own_loss and (not labels or columns[:2] == ["anchor", "positive"]):
+                raise ValueError(
+                    f"Data set {name!r} has neither a task nor a loss. Pass tasks=[Task({name!r}, 'what to do, in one "
+                    f"sentence')] and the data set as {{{name!r}: dataset}}, or a loss=."
+                )
+            elif labels and loss is not None and contrastive_loss(loss) is not None:
+                check_classes(rows, name, labels[0], several=training)
+
+    def get_data_collator(
+        self, model: SentenceTransformer, args: LLMEmbedTrainingArguments, processing_class: Any = None
+    ) -> BaseDataCollator:
+        if self.plan is None:
+            return super().get_data_collator(model, args, processing_class)
+        args.prompts, args.router_mapping = self.plan.column_prompts(model)
+        return TaskCollator(
+            preprocess_fn=model.preprocess,
+            prompts=args.prompts,
+            router_mapping=args.router_mapping,
+            groups=self.plan.groups,
+            num_negatives=self.plan.num_negatives,
+            tokenizer=model.tokenizer,
+        )
+
+    def get_multi_dataset_batch_sampler(
+        self, dataset: ConcatDataset, batch_samplers: list[BatchSampler], generator: Any = None, seed: int | None = 0
+    ) -> BatchSampler | TaskBatchSampler:
+        if self.plan is None:
+            return super().get_multi_dataset_batch_sampler(dataset, batch_samplers, generator, seed)
+        batch_size = batch_samplers[0].batch_size
+        named = zip(self.train_dataset, dataset.datasets, strict=True)
+        return TaskBatchSampler(
+            self.plan.sources(named, batch_size, self.args),
+            batch_size,
+            self.args.world_size,
+            self.args.blended,
+            self.args.sampling_temperature,
+            seed or 0,
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        output = super().train(*args, **kwargs)
+        if self.state.global_step == 0 < self.state.max_steps:
+            raise ValueError(
+                "Nothing was trained: the data gave no batch. Look at the rows that the stream gives, "
+                f"per_device_train_batch_size={self.args.per_device_train_batch_size} and dataloader_drop_last="
+                f"{self.args.dataloader_drop_last}."
+            )
+        return output
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        where = dict(inputs)  # the host takes the data set's name out
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if not loss.isfinite():
+            raise FloatingPointError(self._describe(loss, where))
+        return result
+
+    def _describe(self, loss: Tensor, inputs: dict[str, Any]) -> str:
+        """Where a loss became infinite or no number: the step, the task and the first texts."""
+        first = next(key for key in inputs if key.endswith("_input_ids"))
+        texts = self.processing_class.batch_decode(inputs[first][:3], skip_special_tokens=True)
+        task = f" of task {inputs['dataset_name']!r}" if "dataset_name" in inputs else ""
+        return (
+            f"The loss{task} is {loss.item()} at step {self.state.global_step + 1}. Its batch begins with the texts "
+            f"{[text[:200] for text in texts]}. Lower the learning rate, raise the temperature, train in bf16 instead "
+            "of fp16, or look at these rows."
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # NOTE: transformers 5 calls this on all processes; sentence-transformers 6.2 believes that it is on the first
+        # alone, and they would write the same files at once.
+        if self.args.should_save:
+            token, self.args.hub_token = self.args.hub_token, None  # the arguments are saved too
+            try:
+                with whole_weights(self.model, (state_dict or {}) if self.is_fsdp_enabled else {}):
+                    super()._save(output_dir, state_dict)
+            finally:
+                self.args.hub_token = token
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
+        # NOTE: sentence-transformers 6.2 takes no model, which transformers gives under FSDP, and loads no shards.
+        if self.is_fsdp_enabled:
+            Trainer._load_from_checkpoint(self, checkpoint_path, self.model)
+        elif is_quantized(self.model):  # whose state the host would compare with a plain one
+            load_saved(self.model, checkpoint_path)
+        else:
+            super()._load_from_checkpoint(checkpoint_path)
+
+    @contextmanager
+    def whole_model(self) -> Iterator[SentenceTransformer]:
+        """The model, for the first process to save. All processes must enter: FSDP's shards are gathered."""
+        weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else {}
+        with whole_weights(self.model, weights):
+            yield self.model
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> str | None:
+        """``publish`` the model to ``args.hub_model_id``, sealed and checked: what the host would upload loads only
+        where this package is. ``kwargs`` are those of ``publish``, such as ``adapter="merge"``; so is what it returns,
+        on the first process.
+
+        Raises:
+            ValueError: under FSDP.
+        """
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "Under FSDP no process has the whole model, and it cannot be published from the trainer. Save it "
+                "(trainer.save_model(folder)), and publish the folder: st-llm-embed publish FOLDER ORG/NAME."
+            )
+        if not self.is_world_process_zero():
+            return None
+        return publish(
+            self.model,
+            self.args.hub_model_id or Path(self.args.output_dir).name,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            private=private if private is not None else self.args.hub_private_repo,
+            exist_ok=True,
+            commit_message=commit_message or "End of training",
+            **kwargs,
+        )
+
+
+def _own_copy(args: LLMEmbedTrainingArguments | None) -> LLMEmbedTrainingArguments:
+    """Arguments to set the prompts of: the caller's stay as they are."""
+    return copy.copy(args) if args else LLMEmbedTrainingArguments(output_dir="tmp_trainer")

@@ -1,0 +1,98 @@
+"""The scripts to copy run as they are, on tiny models under the names that they use."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import save_llm
+from hub_server import hub_server, online
+from sentence_transformers import SentenceTransformer
+from test_convert_llara import checkpoint
+from transformers import AutoModelForCausalLM
+
+from st_llm_embed import build_model
+from st_llm_embed.hub import save_sealed
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = {"encode", "fine_tune", "mine_and_train", "adapt_on_raw_text", "publish", "convert"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """An LLM, a teacher, pairs, a corpus and documents, under the scripts' names."""
+    folder = tmp_path_factory.mktemp("files")
+    save_llm(folder / "HuggingFaceTB" / "SmolLM2-135M")
+    save_sealed(
+        build_model(folder / "HuggingFaceTB" / "SmolLM2-135M", "mean"),
+        folder / "sentence-transformers" / "all-MiniLM-L6-v2",
+    )
+    pairs = [f"how do I do {i}?,do{i} does it" for i in range(20)]
+    (folder / "pairs.csv").write_text("\n".join(["anchor,positive", *pairs]) + "\n")
+    texts = [{"text": f"The text {i} sat. It barked at {i} moons. A fox jumped."} for i in range(20)]
+    for name in ("corpus.jsonl", "documents.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return folder
+
+
+@pytest.fixture
+def here(files, tmp_path, monkeypatch):
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_script_is_run_here():
+    assert {file.stem for file in EXAMPLES.glob("*.py")} == SCRIPTS
+    table = (EXAMPLES / "README.md").read_text()
+    assert all(f"]({name}.py)" in table for name in SCRIPTS)
+
+
+def test_fine_tune_then_encode(here, capsys):
+    model = runpy.run_path(str(EXAMPLES / "fine_tune.py"))["model"]
+    untrained = build_model("HuggingFaceTB/SmolLM2-135M")
+    assert model.prompts["docs"].startswith("Instruct: Given a question") and "docs" not in untrained.prompts
+    runpy.run_path(str(EXAMPLES / "encode.py"))
+    said = capsys.readouterr().out
+    assert "how do I send a mail?" in said and "argparse" in said
+
+
+def test_mine_and_train(here, capsys):
+    ran = runpy.run_path(str(EXAMPLES / "mine_and_train.py"))
+    assert "of 20 rows have too few negatives" in capsys.readouterr().out
+    assert ran["mined"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert SentenceTransformer("my-model", trust_remote_code=True).encode_query("x").shape == (32,)
+
+
+def test_adapt_on_raw_text(here):
+    ran = runpy.run_path(str(EXAMPLES / "adapt_on_raw_text.py"))
+    before = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M").model.norm.weight.detach()
+    after = AutoModelForCausalLM.from_pretrained("adapted-lm").model.norm.weight.detach()
+    np.testing.assert_array_equal(after, ran["model"][0].model.norm.weight.detach())
+    assert not np.array_equal(before, after)
+
+
+def test_convert(here, capsys):
+    checkpoint(here / "BAAI" / "LLARA-passage")
+    runpy.run_path(str(EXAMPLES / "convert.py"))
+    assert "tensor([[" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_publish(here):
+    build_model("HuggingFaceTB/SmolLM2-135M").save_pretrained("my-model")
+    with hub_server() as hub:
+        environment = {**os.environ, **online(hub, here / "hf")}
+        command = [sys.executable, str(EXAMPLES / "publish.py")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "gives the same vectors within" in done.stdout
+        published = hub.repositories["your-org/your-new-model"]
+        assert published.private and b"license: apache-2.0" in published.files["README.md"]
