@@ -1,6 +1,6 @@
 """Mine hard negatives with a teacher, then train on each row's own ones: NV-Embed's second stage.
 
-``pairs.csv`` has the columns ``anchor`` and ``positive``; ``corpus.jsonl`` a ``text`` in each line, and perhaps a
+``pairs.csv`` has the columns ``question`` and ``answer``; ``corpus.jsonl`` a ``text`` in each line, and perhaps a
 ``title``.
 """
 
@@ -14,7 +14,7 @@ BASE = "HuggingFaceTB/SmolLM2-135M"
 TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
 TASK = Task("docs", "Given a question, retrieve documentation that answers it", in_batch_negatives=False)
 
-pairs = load_rows("pairs.csv")
+pairs = load_rows("pairs.csv", columns={"anchor": "question", "positive": "answer"})
 mined, report = mine_negatives(
     pairs, SentenceTransformer(TEACHER), load_corpus("corpus.jsonl"), num_negatives=2, cache_folder="vectors"
 )
