@@ -58,6 +58,15 @@ def check_writable(folder: Path) -> None:
         raise type(error)(f"{folder} cannot be written: {error.strerror}. Choose another place.") from error
 
 
+def check_file_writable(file: Path) -> None:
+    """Try whether a file can be written at ``file``, in the place of one that is there.
+
+    Raises:
+        OSError: if it cannot be.
+    """
+    check_writable(file.parent if file.exists() else file)
+
+
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """A path to write to, which becomes ``target`` at the end: an error or an interruption leaves nothing of it.

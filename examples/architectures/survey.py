@@ -27,7 +27,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel, logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from st_llm_embed.files import check_writable, written_beside
+from st_llm_embed.files import check_file_writable, written_beside
 from st_llm_embed.modules.attention_mask import attending
 from st_llm_embed.modules.attention_mode import ENCODERS, set_attention_mode
 
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.output:
         if arguments.output.is_dir():
             raise IsADirectoryError(f"--output {arguments.output} is a folder. Name a file, such as architectures.md.")
-        check_writable(arguments.output.parent if arguments.output.exists() else arguments.output)
+        check_file_writable(arguments.output)
     logging.set_verbosity_error()  # the configurations are tiny, and their token ids are not
     known = decoder_types()
     if unknown := sorted(set(arguments.model_type) - set(known)):

@@ -180,8 +180,8 @@ def main() -> None:
         "--readme", type=Path, help="the Markdown file that shows the table, at the mark of its folder"
     )
     arguments = parser.parse_args()
-    runs, groups, bases, _ = read_study(arguments.output)
-    summary, every = summarize(arguments.output)
+    runs, groups, bases, tests = read_study(arguments.output)
+    summary, every = table(runs, groups, bases), details(runs, tests)
     text = f"# The study\n\n{summary}\n## Every test set\n\n{every}"
     (arguments.output / "report.md").write_text(text, encoding="utf-8")
     if arguments.readme:

@@ -18,10 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from st_llm_embed.convert import convert, is_nv_embed
+    from huggingface_hub import metadata_load
+
+    from st_llm_embed.convert import convert
 
     folder = convert(arguments.source, arguments.output)
     print(f"Wrote {folder}.")
-    if is_nv_embed(arguments.source):
+    if (metadata_load(folder / "README.md") or {}).get("license") == "cc-by-nc-4.0":
         print("Its weights are licensed under CC-BY-NC-4.0: no commercial use.")
     print(f'Load it with SentenceTransformer("{folder}", trust_remote_code=True).')

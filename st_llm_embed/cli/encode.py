@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from st_llm_embed.cli.shared import MODEL, ROWS, add_trust
+from st_llm_embed.cli.shared import MODEL, ROWS, add_batch_size, add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the .npy file to write")
     parser.add_argument("--column", default="text", help="the column of the texts (default: %(default)s)")
     parser.add_argument("--prompt-name", help="the name of the prompt, such as query (default: the model's own)")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="the number of texts encoded at once (default: %(default)s)"
-    )
+    add_batch_size(parser)
     add_trust(parser)
 
 
@@ -28,12 +26,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     from st_llm_embed.data import load_rows
     from st_llm_embed.data.columns import check_text
-    from st_llm_embed.files import check_writable, written_beside
+    from st_llm_embed.files import check_file_writable, written_beside
     from st_llm_embed.trust import load_trusted
 
     if arguments.output.suffix != ".npy" or arguments.output.is_dir():
         raise ValueError(f"--output {arguments.output} is no .npy file. Name one, such as vectors.npy.")
-    check_writable(arguments.output.parent if arguments.output.exists() else arguments.output)
+    check_file_writable(arguments.output)
     rows = load_rows(arguments.texts, columns={"text": arguments.column})
     check_text(rows, arguments.texts, ["text"])
     model = load_trusted(arguments.model, arguments.trust_remote_code)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from st_llm_embed.cli.shared import MODEL, add_revision, add_trust
+from st_llm_embed.cli.shared import MODEL, add_batch_size, add_revision, add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="test", help="the split of the folders' data (default: %(default)s)")
     parser.add_argument("--parity", action="store_true", help="compare the ways to run the model instead")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="the number of texts encoded at once (default: %(default)s)"
-    )
+    add_batch_size(parser)
     parser.add_argument("--dtype", help="the precision of the weights, such as bfloat16 (default: as saved)")
     parser.add_argument(
         "--attn-implementation", help="the attention: eager, sdpa or flash_attention_2 (default: the LLM's)"

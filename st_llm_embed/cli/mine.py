@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from st_llm_embed.cli.shared import MODEL, NEW_FOLDER, ROWS, add_columns, add_trust
+from st_llm_embed.cli.shared import MODEL, NEW_FOLDER, ROWS, add_batch_size, add_columns, add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--query-prompt", help="the prompt of the anchors (default: the teacher's own)")
     parser.add_argument("--corpus-prompt", help="the prompt of the documents (default: the teacher's own)")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="the number of texts encoded at once (default: %(default)s)"
-    )
+    add_batch_size(parser)
     parser.add_argument("--use-faiss", action="store_true", help="search with FAISS, on the CPU")
     parser.add_argument(
         "--cache-folder", help="the folder that keeps the vectors: an interrupted run goes on, another starts ahead"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from st_llm_embed.cli.shared import add_trust
+from st_llm_embed.cli.shared import add_card, add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exist-ok", action="store_true", help="replace what the repository holds")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--revision", help="the branch to commit to (default: main)")
-    parser.add_argument("--license", help="the licence of the model, such as apache-2.0 (default: its base's)")
-    parser.add_argument("--samples", action="store_true", help="leave rows of the training data in the card")
+    add_card(parser)
     add_trust(parser)
 
 

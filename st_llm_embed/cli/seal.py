@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from st_llm_embed.cli.shared import NEW_FOLDER, add_trust
+from st_llm_embed.cli.shared import NEW_FOLDER, add_card, add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="the folder of the model")
     parser.add_argument("output", help=NEW_FOLDER)
-    parser.add_argument("--license", help="the licence of the model, such as apache-2.0 (default: its base's)")
-    parser.add_argument("--samples", action="store_true", help="leave rows of the training data in the card")
+    add_card(parser)
     add_trust(parser)
 
 

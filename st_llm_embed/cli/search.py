@@ -11,7 +11,7 @@ import tempfile
 from contextlib import nullcontext
 from functools import partial
 
-from st_llm_embed.cli.shared import MODEL, ROWS, add_columns, add_trust
+from st_llm_embed.cli.shared import MODEL, ROWS, add_batch_size, add_columns, add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=int, default=5, help="the number of documents for each question (default: %(default)s)"
     )
     add_columns(parser, "--corpus-columns", "the corpus, such as text=body title=headline")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="the number of texts encoded at once (default: %(default)s)"
-    )
+    add_batch_size(parser)
     parser.add_argument("--cache-folder", help="the folder that keeps the vectors for the next search")
     add_trust(parser)
 

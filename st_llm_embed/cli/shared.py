@@ -18,6 +18,19 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """The number of texts encoded at once."""
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="the number of texts encoded at once (default: %(default)s)"
+    )
+
+
+def add_card(parser: argparse.ArgumentParser) -> None:
+    """What a model's card says."""
+    parser.add_argument("--license", help="the licence of the model, such as apache-2.0 (default: its base's)")
+    parser.add_argument("--samples", action="store_true", help="leave rows of the training data in the card")
+
+
 def add_columns(parser: argparse.ArgumentParser, flag: str, of: str) -> None:
     """What columns are called in a file."""
     parser.add_argument(

@@ -9,7 +9,7 @@ from st_llm_embed.convert.llara import convert_llara
 from st_llm_embed.convert.nv_embed import convert_nv_embed, load_nv_embed
 from st_llm_embed.files import check_empty
 
-__all__ = ["convert", "convert_llara", "convert_nv_embed", "is_nv_embed", "load_nv_embed"]
+__all__ = ["convert", "convert_llara", "convert_nv_embed", "load_nv_embed"]
 
 
 def convert(source: str | Path, output: str | Path) -> Path:

@@ -25,11 +25,11 @@ from st_llm_embed.convert.checkpoint import (
     write_card,
     write_modules,
 )
-from st_llm_embed.files import check_empty, check_room, read_json, write_json, written_beside
+from st_llm_embed.files import check_empty, check_room, write_json, written_beside
 from st_llm_embed.hub import seal
 from st_llm_embed.modules import LLMBackbone, PromptTokenPooling
 from st_llm_embed.recipes import RECIPES, RELEASE_TOKENS
-from st_llm_embed.trust import loading, without_code
+from st_llm_embed.trust import forget_code, loading
 
 # Of the LM head, and of buffers that older versions of transformers saved.
 NOT_THE_BACKBONES = ("lm_head.weight", ".rotary_emb.inv_freq")
@@ -93,7 +93,7 @@ def convert_llara(source: str | Path, output: str | Path) -> Path:
         config.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
         for name in ("config.json", "tokenizer_config.json"):
-            write_json(staged / name, without_code(read_json(staged / name)))
+            forget_code(staged / name)
         recipe = RECIPES["llara-release"]
         write_modules(
             staged,

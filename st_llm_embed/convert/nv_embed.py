@@ -34,7 +34,7 @@ from st_llm_embed.convert.checkpoint import (
 from st_llm_embed.files import check_empty, check_room, read_json, write_json, written_beside
 from st_llm_embed.hub import seal
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone
-from st_llm_embed.trust import load_trusted, loading, without_code
+from st_llm_embed.trust import forget_code, load_trusted, loading
 
 LICENSE = "cc-by-nc-4.0"
 QUERY_PROMPT = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
@@ -207,8 +207,7 @@ def _save_tokenizer(root: Path, settings: dict[str, Any], folder: Path) -> None:
     if settings.get("add_pad_token", True):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    write_json(file, without_code(read_json(file)))
+    forget_code(folder / "tokenizer_config.json")
 
 
 def _write_modules(root: Path, folder: Path, settings: dict[str, Any], latent: dict[str, Any]) -> None:

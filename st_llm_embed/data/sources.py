@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import glob
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ TABLES: dict[str, dict[str, Any]] = {
     ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
-ENDINGS = (*TABLES, ".parquet", ".txt", ".jsonl", ".json")
+BY_LIBRARY = (*TABLES, ".parquet", ".txt", ".json")  # which ``load_rows`` reads for the builders, too
 
 
 def load_rows(
@@ -46,11 +47,18 @@ def load_rows(
         ValueError: naming what could not be read as a data set, or the columns that are not there.
     """
     path = Path(source).expanduser()
-    try:
+    with _naming(source):
         rows = _load_local(path, streaming) if path.exists() else _load_from_hub(str(source), streaming)
+    return _renamed(rows, columns or {}, str(source))
+
+
+@contextmanager
+def _naming(source: str | Path) -> Iterator[None]:
+    """Name the source in the library's errors, which do not."""
+    try:
+        yield
     except DatasetsError as error:
         raise ValueError(f"{source} could not be read as a data set: {error.__cause__ or error}") from error
-    return _renamed(rows, columns or {}, str(source))
 
 
 def _load_local(path: Path, streaming: bool) -> Dataset | IterableDataset:
@@ -58,12 +66,12 @@ def _load_local(path: Path, streaming: bool) -> Dataset | IterableDataset:
         if not path.stat().st_size:
             raise ValueError(f"{path} is empty.")
         ending = _ending(path)
-        if ending in TABLES:
-            return _generated(read_table, [path], table_columns(path), streaming)
-        if ending == ".txt":
-            return _generated(_read_documents, [path], ["text"], streaming)
         if ending != ".parquet":
             check_lines(path)
+        if ending in TABLES:
+            return _generated(_read_table, [path], _table_columns(path), streaming)
+        if ending == ".txt":
+            return _generated(_read_document, [path], ["text"], streaming)
         kind = "parquet" if ending == ".parquet" else "json"
         return load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=streaming)
     if (path / "state.json").is_file():
@@ -77,12 +85,14 @@ def _load_local(path: Path, streaming: bool) -> Dataset | IterableDataset:
             f"{path} holds .txt files and others, such as {other.name}. Give the texts a folder of their own."
         )
     if texts:
-        return _generated(_read_documents, texts, ["text"], streaming)
+        for text in texts:
+            check_lines(text)
+        return _generated(_read_document, texts, ["text"], streaming)
     return load_dataset(str(path.resolve()), split="train", streaming=streaming)
 
 
 def _load_from_hub(source: str, streaming: bool) -> Dataset | IterableDataset:
-    if source.startswith((".", "~", "/")) or source.count("/") > 1 or _ending(Path(source)) in ENDINGS:
+    if source.startswith((".", "~", "/")) or source.count("/") > 1 or _ending(Path(source)) in (*BY_LIBRARY, ".jsonl"):
         raise FileNotFoundError(f"There is no file or folder {source}.")
     return load_dataset(source, split="train", streaming=streaming)
 
@@ -93,75 +103,78 @@ def _ending(path: Path) -> str:
 
 
 def _generated(
-    read: Callable[..., Iterator[dict[str, str]]], files: list[Path], columns: list[str], streaming: bool
+    read: Callable[[Path], Iterator[dict[str, str]]], files: list[Path], columns: list[str], streaming: bool
 ) -> Dataset | IterableDataset:
-    """Rows of texts, on disk or as they are read."""
+    """Rows of texts, on disk or as they are read, of files that were looked through."""
     # Of this state of the files: the library keeps what it read once.
     states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     settings: dict[str, Any] = {
-        "gen_kwargs": {"files": [str(file) for file in files], "states": states},
+        "gen_kwargs": {"read": read, "files": [str(file) for file in files], "states": states},
         "features": Features({name: Value("string") for name in columns}),
     }
     if streaming:
-        return IterableDataset.from_generator(read, **settings)
-    return Dataset.from_generator(read, **settings)
+        return IterableDataset.from_generator(_read_all, **settings)
+    return Dataset.from_generator(_read_all, **settings)
 
 
-def read_table(files: list[str], states: Any = None) -> Iterator[dict[str, str]]:
-    """The rows of CSV or TSV files, every value a text.
+def _read_all(
+    read: Callable[[Path], Iterator[dict[str, str]]], files: list[str], states: list[tuple[int, int]]
+) -> Iterator[dict[str, str]]:
+    for file in files:
+        yield from read(Path(file))
+
+
+def _read_table(file: Path) -> Iterator[dict[str, str]]:
+    """The rows of a CSV or TSV file, every value a text.
 
     Raises:
-        ValueError: naming the file and the line: for text that is not UTF-8, a row of more or fewer fields than
-            columns, or quotes that do not end.
+        ValueError: naming the file and the line: for a row of more or fewer fields than columns, or quotes that do
+            not end.
     """
-    for file in files:
-        columns = table_columns(Path(file))
-        for line, row in _fields(Path(file)):
-            if line == 1 or not row:
-                continue
-            if len(row) != len(columns):
-                raise ValueError(
-                    f"Line {line} of {file} has {len(row)} fields, and the first line names {len(columns)} columns: "
-                    f"{row}. Put texts with a {TABLES[_ending(Path(file))]['delimiter']!r} in them into quotes."
-                )
+    records = _fields(file)
+    _, columns = next(records)
+    for line, row in records:
+        if row and len(row) != len(columns):
+            raise ValueError(
+                f"Line {line} of {file} has {len(row)} fields, and the first line names {len(columns)} columns: "
+                f"{row}. Put texts with a {TABLES[_ending(file)]['delimiter']!r} in them into quotes."
+            )
+        if row:
             yield dict(zip(columns, row, strict=True))
 
 
-def table_columns(path: Path) -> list[str]:
+def _table_columns(file: Path) -> list[str]:
     """The columns that the first line of a CSV or TSV file names.
 
     Raises:
         ValueError: if there are none, one has no name, or two have the same.
     """
-    _, columns = next(_fields(path), (1, []))
+    _, columns = next(_fields(file), (1, []))
     if not columns or not all(columns) or len(set(columns)) < len(columns):
         raise ValueError(
-            f"The first line of {path} must name the columns, each once, such as anchor,positive; it has {columns}."
+            f"The first line of {file} must name the columns, each once, such as anchor,positive; it has {columns}."
         )
     return columns
 
 
-def _fields(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _fields(file: Path) -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV or TSV file, each with the line it begins with."""
-    check_lines(path)
     csv.field_size_limit(LONGEST_LINE)
-    with undamaged(path), opened(path) as lines:
+    with undamaged(file), opened(file) as lines:
         text = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(lines))
-        reader = csv.reader(text, strict=True, **TABLES[_ending(path)])
+        reader = csv.reader(text, strict=True, **TABLES[_ending(file)])
         line = 1
         try:
             for row in reader:
                 yield line, row
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise ValueError(f"Line {line} of {path} cannot be read: {error}.") from error
+            raise ValueError(f"Line {line} of {file} cannot be read: {error}.") from error
 
 
-def _read_documents(files: list[str], states: Any = None) -> Iterator[dict[str, str]]:
-    for file in files:
-        check_lines(file)
-        with undamaged(file), opened(file) as handle:
-            yield {"text": handle.read().decode("utf-8-sig")}
+def _read_document(file: Path) -> Iterator[dict[str, str]]:
+    with undamaged(file), opened(file) as handle:
+        yield {"text": handle.read().decode("utf-8-sig")}
 
 
 def _renamed(rows: Dataset | IterableDataset, columns: Mapping[str, str], source: str) -> Dataset | IterableDataset:
@@ -190,8 +203,8 @@ def source_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[st
     rows: Iterator[tuple[str, dict[str, Any]]]
     if isinstance(source, Dataset | IterableDataset):
         rows = ((f"Row {i}", row) for i, row in enumerate(source.with_format(None)))
-    elif Path(source).expanduser().is_file() and _ending(Path(source)) not in (*TABLES, ".parquet", ".txt", ".json"):
-        rows = read_json_lines(Path(source).expanduser())
+    elif (path := Path(source).expanduser()).is_file() and _ending(path) not in BY_LIBRARY:
+        rows = read_json_lines(path)
     else:
         rows = _file_rows(source)
     for where, row in rows:
@@ -205,11 +218,9 @@ def source_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[st
 
 
 def _file_rows(source: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
+    with _naming(source):
         for number, row in enumerate(load_rows(source, streaming=True), 1):
             yield f"Row {number} of {source}", row
-    except DatasetsError as error:
-        raise ValueError(f"{source} could not be read as a data set: {error.__cause__ or error}") from error
 
 
 def check_source(source: Source, columns: Mapping[str, str]) -> None:

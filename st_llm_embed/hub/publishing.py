@@ -30,7 +30,7 @@ from st_llm_embed.hub.checking import REFERENCE, compare
 from st_llm_embed.hub.sealing import seal
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import take_reference
-from st_llm_embed.trust import check_model, has_code, without_code
+from st_llm_embed.trust import check_model, forget_code, has_code
 from st_llm_embed.weights.merging import has_adapter, merge_adapter
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def _forget_unused_code(folder: Path) -> None:
     """Drop ``auto_map`` from a folder whose classes are transformers' own: who loads it with trust would run it."""
     for file in folder.rglob("*.json"):
         if '"auto_map"' in file.read_text(encoding="utf-8"):
-            write_json(file, without_code(read_json(file)))
+            forget_code(file)
 
 
 def publish(

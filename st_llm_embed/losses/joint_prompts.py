@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from st_llm_embed.modules.attention_mode import mixes_without_attention
+from st_llm_embed.modules.attention_probe import AttentionProbe
 
 TEXT, SELF, NEXT, PAD = range(4)  # the blocks of a row
 
@@ -96,7 +96,7 @@ def check_llm(llm: PreTrainedModel) -> None:
     if "position_ids" not in inspect.signature(llm.forward).parameters:
         raise ValueError(f"{llm.config.model_type!r} counts positions by itself and takes no position_ids, {refusal}")
     # NOTE: gpt_neo counts the tokens of its local attention by columns, whatever their positions.
-    if llm.config.model_type == "gpt_neo" or mixes_without_attention(llm):
+    if llm.config.model_type == "gpt_neo" or AttentionProbe(llm).mixes_without_attention():
         raise ValueError(
             f"{llm.config.model_type!r} passes information between tokens other than by attention under a mask, "
             f"{refusal}"

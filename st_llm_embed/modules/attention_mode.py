@@ -73,7 +73,7 @@ def set_attention_mode(model: PreTrainedModel, attention: str, window: str = "fu
         if not prober.obeys(attention, window):
             raise ValueError(refusal)
         return
-    if mixes_without_attention(model):
+    if prober.mixes_without_attention():
         raise ValueError(
             f"{config.model_type!r} passes information between tokens other than by attention under a mask, as "
             "recurrence, convolution and summaries do. That stays causal: it cannot be bidirectional. Choose another "
@@ -94,10 +94,3 @@ def set_attention_mode(model: PreTrainedModel, attention: str, window: str = "fu
     with attending(model, attention):
         if not prober.obeys(attention, window):
             raise ValueError(refusal)
-
-
-def mixes_without_attention(model: PreTrainedModel) -> bool:
-    """Does an LLM pass information between tokens other than by attention under a mask?"""
-    # NOTE: deepseek_v4 also attends to summaries of 4 or 128 past tokens; the probe's few tokens do not show those.
-    summaries = getattr(model.config.get_text_config(), "compress_rates", None)
-    return bool(summaries) or AttentionProbe(model).mixes_without_attention()

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from st_llm_embed.training.run_config import Stage
-from st_llm_embed.training.stages import Run, begin, prepare_run, rehearsed
+from st_llm_embed.training.stages import begin, describe_data, prepare_run, rehearsed
 from st_llm_embed.training.trainer import LLMEmbedTrainer
 
 LONGEST = 300  # characters of a text that are shown
@@ -34,7 +32,7 @@ def describe_run(config: str | Path | Mapping[str, Any]) -> str:
     model = begin(run.settings, done[-1] / "model" if done else run.start)
     lines = [f"Output: {run.output}", _memory(model)]
     for number, (stage, arguments, folder) in enumerate(run.parts(), 1):
-        lines += ["", f"Stage {number}, {stage.name}: {_data(run, stage)}"]
+        lines += ["", f"Stage {number}, {stage.name}: {describe_data(stage, run.data)}"]
         if folder in done:
             lines.append(f"  is finished: {folder / 'model'}")
             continue
@@ -42,14 +40,6 @@ def describe_run(config: str | Path | Mapping[str, Any]) -> str:
             lines += [f"  {line}" for line in _steps(trainer)]
             lines += [f"  {line}" for line in _first_row(trainer)]
     return "\n".join(lines)
-
-
-def _data(run: Run, stage: Stage) -> str:
-    parts = []
-    for name in stage.data:
-        rows = run.data[name][0] if isinstance(run.data[name], tuple) else run.data[name]
-        parts.append(f"{name} ({len(rows):,} rows)" if isinstance(rows, Dataset) else f"{name} (a stream)")
-    return ", ".join(parts)
 
 
 def _memory(model: SentenceTransformer) -> str:

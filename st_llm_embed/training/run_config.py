@@ -186,9 +186,7 @@ def stage_arguments(stages: list[Stage], data: Mapping[str, Any], settings: Mapp
                     f"eval_data={stage.eval_data} and eval_strategy={args.eval_strategy.value!r} do not go together. "
                     "Set both, such as eval_strategy: steps and eval_steps: 100, or neither."
                 )
-            metrics = [
-                f"eval_{name}_loss" if isinstance(data[name], tuple) else "eval_loss" for name in stage.eval_data
-            ]
+            metrics = [_eval_loss(name, data) for name in stage.eval_data]
             if metrics and f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" not in metrics:
                 raise ValueError(
                     f"metric_for_best_model={args.metric_for_best_model!r} is not measured. There are: "

@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ class Run:
 
     Args:
         settings: the configuration with its defaults.
+        output: the folder of the run.
         text: what is written beside the models: the configuration without tokens.
         stages: the stages.
         data: each data set that a stage names, as ``read_data`` gives it.
@@ -131,15 +133,12 @@ class Run:
     """
 
     settings: dict[str, Any]
+    output: Path
     text: str
     stages: list[Stage]
     data: dict[str, Any]
     arguments: list[dict[str, Any]]
     start: Path | None
-
-    @property
-    def output(self) -> Path:
-        return Path(self.settings["output"]).expanduser()
 
     @property
     def folders(self) -> list[Path]:
@@ -148,6 +147,14 @@ class Run:
     def parts(self) -> Iterator[tuple[Stage, dict[str, Any], Path]]:
         """Each stage, its arguments and its folder."""
         return zip(self.stages, self.arguments, self.folders, strict=True)
+
+    @cached_property
+    def lm_head(self) -> nn.Linear:
+        """The base's LM head, frozen: it is not saved with the model, so that a resumed run must find it as it was."""
+        kwargs = self.settings["model"].get("model_kwargs") or {}
+        base = self.settings["model"]["base"]
+        llm = AutoModelForCausalLM.from_pretrained(base, **{"trust_remote_code": False, **kwargs})
+        return llm.get_output_embeddings().requires_grad_(False)
 
 
 def prepare_run(config: str | Path | Mapping[str, Any]) -> Run:
@@ -160,8 +167,8 @@ def prepare_run(config: str | Path | Mapping[str, Any]) -> Run:
     settings, stages = read_settings(configuration)
     start = _read_start(settings.get("start"))
     text = yaml.safe_dump(without_tokens(configuration), sort_keys=True)
+    output = Path(settings["output"]).expanduser()
     if _is_first_process():
-        output = Path(settings["output"]).expanduser()
         check_ours(output, text)
         if (output / LOCK).is_file():  # refused at once, if it is held
             lock_of(output).release()
@@ -170,7 +177,7 @@ def prepare_run(config: str | Path | Mapping[str, Any]) -> Run:
         for name, data_settings in settings["data"].items()
         if any(name in (*stage.data, *stage.eval_data) for stage in stages)
     }
-    return Run(settings, text, stages, data, stage_arguments(stages, data, settings), start)
+    return Run(settings, output, text, stages, data, stage_arguments(stages, data, settings), start)
 
 
 def _is_first_process() -> bool:
@@ -211,16 +218,9 @@ def _trainer(stage: Stage, model: SentenceTransformer, run: Run, args: LLMEmbedT
     eval_pretext = run.data[stage.eval_data[0]] if stage.eval_data else None
     loss_settings = dict(stage.loss)
     if loss_settings.get("lm_head") == "base":
-        loss_settings["lm_head"] = _lm_head(run.settings["model"])
+        loss_settings["lm_head"] = run.lm_head
     loss = PretextLoss(model, **loss_settings)
     return LLMEmbedTrainer(model, args, pretext_rows, eval_pretext, loss=loss, callbacks=callbacks)
-
-
-def _lm_head(model_settings: Mapping[str, Any]) -> nn.Linear:
-    """The base's LM head, frozen: it is not saved with the model, so that a resumed run must find it as it was."""
-    kwargs = model_settings.get("model_kwargs") or {}
-    llm = AutoModelForCausalLM.from_pretrained(model_settings["base"], **{"trust_remote_code": False, **kwargs})
-    return llm.get_output_embeddings().requires_grad_(False)
 
 
 @contextmanager
@@ -250,19 +250,24 @@ def rehearsed(
 
 def _card_row(stage: Stage, data: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, str]:
     """A stage in the table of the model card."""
-    sizes = {}
-    for name in stage.data:
-        rows = data[name][0] if isinstance(data[name], tuple) else data[name]
-        sizes[name] = f"{len(rows):,} rows" if isinstance(rows, Dataset) else "a stream"
     kind = stage.arguments.get("stage", 1) if isinstance(data[stage.data[0]], tuple) else "pretext (EBAE + EBAR)"
     # By name, as an argument may be a token or a path of this machine.
     settings = {key: value for key, value in {**arguments, **stage.arguments}.items() if key in SHOWN}
     return {
         "": stage.name,
         "stage": str(kind),
-        "data": ", ".join(f"{name} ({size})" for name, size in sizes.items()),
+        "data": describe_data(stage, data),
         "arguments": ", ".join(f"`{key}={value!r}`" for key, value in settings.items()),
     }
+
+
+def describe_data(stage: Stage, data: Mapping[str, Any]) -> str:
+    """The data sets of a stage and their sizes, in words."""
+    sizes = {}
+    for name in stage.data:
+        rows = data[name][0] if isinstance(data[name], tuple) else data[name]
+        sizes[name] = f"{len(rows):,} rows" if isinstance(rows, Dataset) else "a stream"
+    return ", ".join(f"{name} ({size})" for name, size in sizes.items())
 
 
 def begin(settings: Mapping[str, Any], previous: Path | None) -> SentenceTransformer:

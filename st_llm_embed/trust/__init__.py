@@ -15,7 +15,7 @@ script; a short time for a large model; anything once consent is given. A way ar
 advisory of the repository, before it is public.
 """
 
-from st_llm_embed.trust.code import MODULES, STOCK, check_no_code, code_in, has_code, without_code
+from st_llm_embed.trust.code import MODULES, STOCK, check_no_code, code_in, forget_code, has_code
 from st_llm_embed.trust.data import check_data, check_model, check_saved, left_by_trainer
 from st_llm_embed.trust.opening import check_base, fetch, load_trusted, loading
 
@@ -29,9 +29,9 @@ __all__ = [
     "check_saved",
     "code_in",
     "fetch",
+    "forget_code",
     "has_code",
     "left_by_trainer",
     "load_trusted",
     "loading",
-    "without_code",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from sentence_transformers.util import import_from_string
 
-from st_llm_embed.files import read_json
+from st_llm_embed.files import read_json, write_json
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling, reference
 from st_llm_embed.trust.data import configurations, objects
 
@@ -97,11 +97,16 @@ def has_code(root: Path) -> bool:
     return file.is_file() and any(not entry["type"].startswith(STOCK) for entry in read_json(file))
 
 
-def without_code(content: Any) -> Any:
+def forget_code(file: Path) -> None:
+    """Drop from a configuration what names the code of its LLM or tokenizer."""
+    write_json(file, _without_code(read_json(file)))
+
+
+def _without_code(content: Any) -> Any:
     """A configuration without what names the code of its LLM or tokenizer."""
     if isinstance(content, dict):
-        return {key: without_code(value) for key, value in content.items() if key != "auto_map"}
-    return [without_code(value) for value in content] if isinstance(content, list) else content
+        return {key: _without_code(value) for key, value in content.items() if key != "auto_map"}
+    return [_without_code(value) for value in content] if isinstance(content, list) else content
 
 
 def _unknown_class(root: Path, name: str) -> str | None:
