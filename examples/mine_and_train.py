@@ -15,16 +15,16 @@ TEACHER = "sentence-transformers/all-MiniLM-L6-v2"
 TASK = Task("docs", "Given a question, retrieve documentation that answers it", in_batch_negatives=False)
 
 pairs = load_rows("pairs.csv", columns={"anchor": "question", "positive": "answer"})
-mined, report = mine_negatives(
+mined = mine_negatives(
     pairs, SentenceTransformer(TEACHER), load_corpus("corpus.jsonl"), num_negatives=2, cache_folder="vectors"
 )
-print(
-    f"{report.rows_dropped} of {report.rows} rows have too few negatives; dropped candidates by rule: {report.dropped}"
-)
+print(f"{len(mined.rows)} rows; candidates dropped by rule: {mined.report.dropped}")
+for row in mined.dropped.select(range(min(3, len(mined.dropped)))):
+    print(f"dropped: {row['anchor']!r} has {row['reason']}")
 
 model = build_model(BASE, recipe="nv-embed", max_seq_length=256)
 arguments = LLMEmbedTrainingArguments(
     "runs/mined", stage=2, num_train_epochs=1, per_device_train_batch_size=16, learning_rate=2e-5, report_to=[]
 )
-LLMEmbedTrainer(model, arguments, {TASK.name: mined}, tasks=[TASK]).train()
+LLMEmbedTrainer(model, arguments, {TASK.name: mined.rows}, tasks=[TASK]).train()
 model.save_pretrained("my-model")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, TaskType
@@ -21,12 +23,22 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import is_sentence_transformer_model
 from tokenizers import AddedToken
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from st_llm_embed.modules import LLMBackbone
-from st_llm_embed.modules.adapters import check_peft
-from st_llm_embed.modules.special_tokens import drop_text_end
+from st_llm_embed.modules.adapters import check_peft, split_hub_arguments
+from st_llm_embed.modules.attention_mode import check_decoder
+from st_llm_embed.modules.first_layers import check_depth
+from st_llm_embed.modules.special_tokens import drop_text_end, set_special_tokens
 from st_llm_embed.recipes import RECIPES
 from st_llm_embed.trust import check_base, check_data, check_no_code
 from st_llm_embed.weights.gguf import unpack_gguf
@@ -65,6 +77,32 @@ def build_model(
             or is an embedding model already, ``lora=True`` where the recipe has none, or unknown arguments of LoRA.
         ImportError: for ``lora`` where peft is older than the installed transformers takes.
     """
+    settings = _read_settings(recipe, lora, overrides)
+    chosen = RECIPES[recipe]
+    backbone = _load_backbone(base, settings.backbone)
+    added_ids = _add_tokens(backbone, chosen.added_tokens)
+    if added_ids and not backbone.add_eos:  # the recipe pools the last ones, which its prompts end in
+        drop_text_end(backbone.tokenizer)
+    pooling = chosen.pooling(backbone.get_embedding_dimension(), **settings.pooling)
+    model = SentenceTransformer(
+        modules=[backbone, pooling, Normalize()],
+        prompts=chosen.prompts,
+        default_prompt_name=chosen.default_prompt_name,
+        similarity_fn_name="cosine",
+    )
+    if settings.lora is not None:
+        add_lora(model, settings.lora, added_ids)
+    return model
+
+
+class _Settings(NamedTuple):
+    backbone: dict[str, Any]
+    pooling: dict[str, Any]
+    lora: dict[str, Any] | None
+
+
+def _read_settings(recipe: str, lora: bool | Mapping[str, Any], overrides: Mapping[str, Any]) -> _Settings:
+    """The arguments of each part of a model: the recipe's, and those that are given in their place."""
     if recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is unknown. Valid recipes: {', '.join(RECIPES)}.")
     chosen = RECIPES[recipe]
@@ -77,26 +115,122 @@ def build_model(
             f"{chosen.pooling.__name__} takes {sorted(pooling_names)}."
         )
     arguments = {**chosen.defaults, **overrides}
-    backbone = _load_backbone(base, {k: v for k, v in arguments.items() if k in backbone_names})
-    added_ids = _add_tokens(backbone, chosen.added_tokens)
-    if added_ids and not backbone.add_eos:  # the recipe pools the last ones, which its prompts end in
-        drop_text_end(backbone.tokenizer)
-    pooling = chosen.pooling(
-        backbone.get_embedding_dimension(), **{k: v for k, v in arguments.items() if k in pooling_names}
+    backbone, pooling = (
+        {name: value for name, value in arguments.items() if name in names}
+        for names in (backbone_names, pooling_names)
     )
-    model = SentenceTransformer(
-        modules=[backbone, pooling, Normalize()],
-        prompts=chosen.prompts,
-        default_prompt_name=chosen.default_prompt_name,
-        similarity_fn_name="cosine",
+    return _Settings(backbone, pooling, lora_settings)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a model without its weights.
+
+    Args:
+        tokenizer: the tokenizer, as the model's will be.
+        lengths: the largest numbers of tokens: ``max_seq_length``, ``query_length``, ``document_length``.
+        prompts: the prompts that it has before training.
+        default_prompt_name: the name of its default prompt.
+        add_eos: whether every text ends with EOS.
+        width: the width of its embeddings; None where it is not known.
+        tied: whether its LLM's LM head is tied to the input embeddings, as far as is known.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    lengths: dict[str, int | None]
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+    add_eos: bool = False
+    width: int | None = None
+    tied: bool = True
+
+
+def outline_model(
+    base: str | Path, recipe: str = "nv-embed", *, lora: bool | Mapping[str, Any] = False, **overrides: Any
+) -> Outline | None:
+    """Refuse what ``build_model`` would refuse, as far as that shows without loading any weights.
+
+    Args:
+        base, recipe, lora, **overrides: see ``build_model``.
+
+    Returns:
+        What the model's texts are tokenized by. None for a ``.gguf`` file or an adapter, of which less is known.
+
+    Raises:
+        ValueError, ImportError: see ``build_model``.
+    """
+    settings = _read_settings(recipe, lora, overrides)
+    path = Path(base)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"base={str(base)!r} is no file.")
+        return None
+    with _naming_base(base):
+        _check_base_folder(base, settings.backbone)
+        kwargs = {name: settings.backbone.get(name) or {} for name in ("config_kwargs", "processor_kwargs")}
+        where, _ = split_hub_arguments(settings.backbone.get("model_kwargs") or {})
+        if find_adapter_config_file(str(base), **where) is not None:
+            return None
+        config = AutoConfig.from_pretrained(base, **{"trust_remote_code": False, **where, **kwargs["config_kwargs"]})
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.backbone.get("tokenizer_name_or_path") or base,
+            **{"trust_remote_code": False, **where, **kwargs["processor_kwargs"]},
+        )
+    check_decoder(config)
+    if settings.backbone.get("num_layers") is not None:
+        check_depth(config, settings.backbone["num_layers"])
+    add_eos = settings.backbone.get("add_eos", True)
+    set_special_tokens(tokenizer, config.model_type, end=add_eos is True)
+    chosen, text_config = RECIPES[recipe], config.get_text_config()
+    with torch.device("meta"):
+        chosen.pooling(text_config.hidden_size, **settings.pooling)
+    if settings.lora is not None:
+        check_lora(config, settings.lora)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in chosen.added_tokens])
+    lengths = {name: settings.backbone.get(name) for name in ("max_seq_length", "query_length", "document_length")}
+    return Outline(
+        tokenizer,
+        {**lengths, "max_seq_length": lengths["max_seq_length"] or tokenizer.model_max_length},
+        chosen.prompts,
+        chosen.default_prompt_name,
+        add_eos=bool(add_eos),
+        width=text_config.hidden_size,
+        tied=text_config.tie_word_embeddings,
     )
-    if lora_settings is not None:
-        embeddings = backbone.model.get_input_embeddings()
-        name = next(name for name, module in backbone.model.named_modules() if module is embeddings)
-        trained_tokens = {"trainable_token_indices": {name: added_ids}} if added_ids else {}
-        targets = {"target_modules": _lora_targets(backbone.model), **trained_tokens}
-        model.add_adapter(LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, **{**targets, **lora_settings}))
-    return model
+
+
+def check_lora(config: PretrainedConfig, settings: Mapping[str, Any]) -> None:
+    """Check LoRA's arguments on an LLM without weights, if it is of transformers' own classes.
+
+    Args:
+        config: the configuration of the LLM.
+        settings: the arguments of ``peft.LoraConfig``.
+
+    Raises:
+        ValueError: for arguments that peft refuses, and ``target_modules`` that the LLM has not.
+    """
+    if type(config) in AutoModel._model_mapping:
+        with torch.device("meta"):
+            _add_to_llm(AutoModel.from_config(config), settings)
+
+
+def add_lora(model: SentenceTransformer, settings: Mapping[str, Any], trained_ids: Sequence[int] = ()) -> None:
+    """Add LoRA to a model's LLM: only it is trained, and the modules after the LLM.
+
+    Args:
+        model: the model.
+        settings: the arguments of ``peft.LoraConfig``. Default of ``target_modules``: the linear maps of the layers.
+        trained_ids: the tokens whose embeddings are trained in full.
+    """
+    _add_to_llm(model.transformers_model, settings, trained_ids)
+
+
+def _add_to_llm(llm: PreTrainedModel, settings: Mapping[str, Any], trained_ids: Sequence[int] = ()) -> None:
+    embeddings = llm.get_input_embeddings()
+    name = next(name for name, module in llm.named_modules() if module is embeddings)
+    trained_tokens = {"trainable_token_indices": {name: list(trained_ids)}} if trained_ids else {}
+    targets = {"target_modules": _lora_targets(llm), **trained_tokens}
+    llm.add_adapter(LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, **{**targets, **settings}))
 
 
 def _lora_settings(recipe: str, lora: bool | Mapping[str, Any]) -> dict[str, Any]:
@@ -167,15 +301,16 @@ def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:
         backbone.model.config._name_or_path = path.stem
         backbone.model.name_or_path = ""  # which no adapter could load: its base is saved with it
         return backbone
-    try:
-        if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise FileNotFoundError(f"{path} has no config.json")
-        if path.is_dir():
-            check_data(path, pickles=True)  # of which transformers reads tensors only
-            check_no_code(path, _consents(arguments))
-            check_base(path, _consents(arguments))
-        _check_llm(str(base), arguments.get("model_kwargs") or {})
+    with _naming_base(base):
+        _check_base_folder(base, arguments)
         return LLMBackbone(str(base), **arguments)
+
+
+@contextmanager
+def _naming_base(base: str | Path) -> Iterator[None]:
+    """Errors that name the base, and what one is."""
+    try:
+        yield
     except (OSError, KeyError, TypeError, AttributeError, IndexError) as error:  # of a config with something odd in it
         raise ValueError(
             f"base={str(base)!r} could not be loaded. Give the Hub id of a decoder-only LLM (such as "
@@ -183,7 +318,19 @@ def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:
         ) from error
 
 
-def _consents(arguments: dict[str, Any]) -> bool:
+def _check_base_folder(base: str | Path, arguments: Mapping[str, Any]) -> None:
+    """Check that it is an LLM by itself, and runs no code without consent."""
+    path = Path(base)
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json", "modules.json")):
+            raise FileNotFoundError(f"{path} has no config.json")
+        check_data(path, pickles=True)  # of which transformers reads tensors only
+        check_no_code(path, _consents(arguments))
+        check_base(path, _consents(arguments))
+    _check_llm(str(base), arguments.get("model_kwargs") or {})
+
+
+def _consents(arguments: Mapping[str, Any]) -> bool:
     return bool((arguments.get("model_kwargs") or {}).get("trust_remote_code"))
 
 
@@ -197,7 +344,8 @@ def _check_llm(base: str, model_kwargs: dict[str, Any]) -> None:
         return
     raise ValueError(
         f"base={base!r} is a model of sentence-transformers: it has a modules.json. Its pooling and its prompts would "
-        f"be lost, and untrained ones take their place. To train it further, load it: model = SentenceTransformer("
-        f"{base!r}, trust_remote_code=True); or name it as 'start' in a configuration. To build another model of its "
-        "LLM, save that by itself: model[0].model.save_pretrained(folder); model.tokenizer.save_pretrained(folder)."
+        "be lost, and untrained ones take their place. To train it further, load it: model = SentenceTransformer("
+        f"{base!r}, trust_remote_code=True); or, in a configuration, model: {{load: {base}}}. To build another model "
+        "of its LLM, save that by itself: model[0].model.save_pretrained(folder); "
+        "model.tokenizer.save_pretrained(folder)."
     )

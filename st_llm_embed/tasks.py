@@ -26,6 +26,7 @@ KINDS = {
 }
 
 # The prompts that sentence-transformers looks for: the first that a model has, even an empty one.
+OF_DOCUMENTS = "-document"  # ends the name of the prompt of one task's documents
 QUERY, DOCUMENT, SIMILARITY = ("query",), ("document", "passage", "corpus"), ("similarity",)
 
 
@@ -42,10 +43,14 @@ class Task:
             where another row is likely to share the class.
         negatives: how many hard negatives each row of its data has. Default: any number.
         weight: the factor on the task's share of the batches.
+        document_prompt: the prompt of its documents, such as ``"passage: "``. What the model's own has after the text
+            (LLaRA's does) stays there, unless ``{text}`` says where the text goes. Default: what the model gives all
+            documents.
 
     Raises:
         ValueError: for an unknown kind, an empty or reserved name, an instruction that is empty or has ``{text}`` in
-            it, a negative number of negatives, or a weight that is not positive.
+            it, a negative number of negatives, a weight that is not positive, or a prompt of documents for a
+            symmetric task, which has none.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Task:
     in_batch_negatives: bool | None = None
     negatives: int | None = None
     weight: float = 1.0
+    document_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -74,6 +80,11 @@ class Task:
             raise ValueError(f"Task {self.name!r} has negatives={self.negatives}. It must be 0 or more, or None.")
         if not 0 < self.weight < math.inf:
             raise ValueError(f"Task {self.name!r} has weight={self.weight}. It must be a positive number.")
+        if self.document_prompt is not None and self.symmetric:
+            raise ValueError(
+                f"Task {self.name!r} has a document_prompt, and is of the kind {self.kind!r}, whose texts are all of "
+                "one sort: the instruction goes before each. Leave it out."
+            )
         if self.in_batch_negatives is None:
             object.__setattr__(self, "in_batch_negatives", KINDS[self.kind][1])
 
@@ -91,16 +102,16 @@ class Task:
     ) -> dict[str, str]:
         """The prompt of each column that gets one, in a model with prompts of its own.
 
-        ``anchor`` is a query, the other columns are documents, under the prompt that ``encode_document`` gives them; a
-        symmetric task's texts are all of one sort. What the model's prompt for queries or for such texts has after the
-        text (LLaRA's do) stays there.
+        ``anchor`` is a query, the other columns are documents, under the task's prompt for them or else the one that
+        ``encode_document`` gives them; a symmetric task's texts are all of one sort. What the model's prompt for
+        queries or for such texts has after the text (LLaRA's do) stays there.
         """
         prompts = {}
         for column in columns:
             if self.symmetric or column == "anchor":
                 prompt = self.encoding_prompt(model_prompts, default_prompt_name)
             else:
-                prompt = prompt_of(DOCUMENT, model_prompts, default_prompt_name)
+                prompt = self.encoding_document_prompt(model_prompts, default_prompt_name)
             if prompt:
                 prompts[column] = prompt
         return prompts
@@ -109,6 +120,15 @@ class Task:
         """The prompt of the task's queries, or of its texts where all are of one sort."""
         model_prompt = prompt_of(SIMILARITY if self.symmetric else QUERY, model_prompts, default_prompt_name)
         return before_text(self.prompt, model_prompt)
+
+    def encoding_document_prompt(
+        self, model_prompts: Mapping[str, str], default_prompt_name: str | None = None
+    ) -> str:
+        """The prompt of the task's documents: its own, with what the model's has after the text, or the model's."""
+        model_prompt = prompt_of(DOCUMENT, model_prompts, default_prompt_name)
+        if self.document_prompt is None or "{text}" in self.document_prompt:
+            return model_prompt if self.document_prompt is None else self.document_prompt
+        return before_text(self.document_prompt, model_prompt)
 
     def column_sides(self, columns: Iterable[str]) -> dict[str, str]:
         """Which columns are cut as queries and which as documents; a symmetric task's texts are neither."""
@@ -132,7 +152,8 @@ def known_task(name: str) -> Task:
         near = get_close_matches(name.lower(), tasks, n=5)
         raise ValueError(
             f"No task is known as {name!r}. {'Near it' if near else 'Known'}: {', '.join(near or tasks)}. Fix: one of "
-            f"these, or one of your own, Task({name!r}, 'what to do, in one sentence', kind)."
+            f"these, or one of your own: Task({name!r}, 'what to do, in one sentence', kind); in a configuration, "
+            "instruction: what to do, in one sentence."
         )
     return Task(task_name, **tasks[task_name])
 
@@ -164,10 +185,18 @@ def encoding_prompts(
     tasks: Iterable[Task], model_prompts: Mapping[str, str], default_prompt_name: str | None = None
 ) -> dict[str, str]:
     """What ``model.prompts`` gains by ``tasks``: one by name for each, and the first retrieval task's as ``query``,
-    which ``encode_query`` uses."""
+    which ``encode_query`` uses; a task's own for documents as ``NAME-document``, and as ``document`` where the first
+    retrieval task has one."""
     prompts: dict[str, str] = {}
+    first = None
     for task in tasks:
         prompts[task.name] = task.encoding_prompt(model_prompts, default_prompt_name)
-        if task.kind == "retrieval":
-            prompts.setdefault("query", prompts[task.name])
+        if task.document_prompt is not None:
+            own = task.encoding_document_prompt(model_prompts, default_prompt_name)
+            prompts[f"{task.name}{OF_DOCUMENTS}"] = own
+        if task.kind == "retrieval" and first is None:
+            first = task
+            prompts["query"] = prompts[task.name]
+            if task.document_prompt is not None:
+                prompts["document"] = own
     return prompts

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from conftest import save_llm
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
 from st_llm_embed.data import consecutive_texts, from_class_examples, from_columns, from_sts, load_corpus, load_rows
+from st_llm_embed.data.text_files import LONGEST_LINE
 from st_llm_embed.hub import save_sealed
 
 ROWS = [
@@ -141,6 +144,110 @@ def test_names_endings_and_states_of_files(tmp_path):
     swapped = {"a": "b", "b": "a"}
     for streaming in (False, True):
         assert list(load_rows(tmp_path / "bom.csv", streaming, swapped)) == [{"a": "y", "b": "x"}]
+
+
+@pytest.mark.parametrize("name", ["ROWS.CSV.GZ", "rows.csv.GZ", "rows.Tsv.Gz", "rows.JSONL.GZ", "rows.JSON.gZ"])
+def test_the_end_of_a_name_may_be_in_capitals(tmp_path, name):
+    lower, rows = name.lower(), [{"a": "x", "b": "y"}, {"a": "u", "b": "007"}]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    for ending, delimiter in ((".csv.gz", ","), (".tsv.gz", "\t")):
+        if lower.endswith(ending):
+            content = "".join(delimiter.join(values) + "\n" for values in (rows[0], *(row.values() for row in rows)))
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+    for streaming in (False, True):
+        assert list(load_rows(tmp_path / name, streaming)) == rows
+    assert from_columns(tmp_path / name, anchor="a", positive="b")["positive"][:] == ["y", "007"]
+
+
+JSON_ROWS = [
+    {"a": "null", "b": "007", "created_at": "1500000000", "n": 1, "more": {"p": ["x"]}},
+    {
+        "a": 'a, [b] {c}\nand \\"d"\\',
+        "b": "日本語 \u2028 café",
+        "created_at": "2020-01-01",
+        "n": None,
+        "more": {"p": []},
+    },
+    {"a": "2020", "b": "1e5", "created_at": "soon", "n": 2**53 + 1, "more": {"p": ["y", "]"]}, "only": "here"},
+]
+
+
+@pytest.mark.parametrize("ending", [".json", ".json.gz", ".jsonl", ".JSON"])
+def test_an_array_gives_the_rows_of_json_lines(tmp_path, monkeypatch, ending):
+    """However it is laid out, wherever a block of it ends, and the larger than any line."""
+    monkeypatch.setattr("st_llm_embed.data.json_arrays.BLOCK", 7)
+    monkeypatch.setattr("st_llm_embed.data.text_files.LONGEST_LINE", 500)
+    rows = JSON_ROWS * 4
+    forms = {
+        "lines": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+        "array": json.dumps(rows),
+        "indented": "\ufeff \r\n" + json.dumps(rows, indent=2, ensure_ascii=False) + "\n\n",
+    }
+    assert len(forms["array"]) > 500
+    found = {}
+    for form, content in forms.items():
+        file = tmp_path / f"{form}{ending}"
+        data = content.encode()
+        file.write_bytes(gzip.compress(data) if ending.endswith(".gz") else data)
+        found[form] = [
+            *(list(load_rows(file, streaming)) for streaming in (False, True)),
+            *(list(from_columns(file, anchor="a", positive="b", streaming=streaming)) for streaming in (False, True)),
+        ]
+    assert found["array"] == found["indented"] == found["lines"]
+    loaded, streamed, built, _ = found["array"]
+    assert loaded == streamed == [{"only": None, **row} for row in rows]
+    assert [row["positive"] for row in built] == [row["b"] for row in JSON_ROWS]  # each pair once
+
+
+def test_an_array_of_texts_and_one_that_changes(tmp_path):
+    file = tmp_path / "texts.json"
+    for texts in (["one", 'two "three"'], ["four"]):
+        file.write_text(json.dumps(texts))
+        assert list(load_rows(file)) == [{"text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "holds an array without rows"),
+        ('[{"a": "x"}, 7]', "Row 2 of .* is no JSON object such as .*: 7"),
+        ('[{"a": "x"}, [1]]', "Row 2 of .* is no JSON object"),
+        ('[{"a": "x"},]', "Row 2 of .* is no JSON object"),
+        ('[{"a": "x"}, {"a" "y"}]', "Row 2 of .* is not JSON.*Expecting ':' delimiter"),
+        ('[{"a": "x"}, {"a": "y"', "Row 2 of .* is not JSON"),
+        ('[{"a": "x"}', "Row 1 of .* is not followed by a comma or by the array's end"),
+        ('[{"a": "x"} {"a": "y"}]', "Row 1 of .* is not followed by a comma"),
+        ('[{"a": "x"}]\n{"a": "y"}', "Row 1 of .* is not followed by .* the array's end, which ends the file"),
+        ('[{"a": ' + "9" * 5000 + "}]", "Row 1 of .* is not JSON: Exceeds the limit"),
+        ('[{"a": ' + "[" * 100_000, "Row 1 of .* is not JSON"),
+        ('[{"a": "caf\xe9"}]'.encode("latin-1"), "is not UTF-8 text"),
+        ('[{"a": "' + "x" * (LONGEST_LINE + (2 << 20)) + '"}]', "Row 1 of .* is not JSON, or too long for a text"),
+    ],
+    ids=range(13),
+)
+def test_an_array_that_says_something_else_is_refused_by_its_row(tmp_path, content, message):
+    file = tmp_path / "rows.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for read in (load_rows, lambda path: from_columns(path, anchor="a", positive="a")):
+        with pytest.raises(ValueError, match=message):
+            read(file)
+
+
+def test_spreadsheets_and_archives_are_refused_with_the_fix(tmp_path):
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        archive.writestr("rows.csv", "a,b\nx,y\n")
+    content = (tmp_path / "rows.zip").read_bytes()
+    (tmp_path / "old.xls").write_bytes(b"\xd0\xcf\x11\xe0" + bytes(100))
+    for name in ("rows.xlsx", "ROWS.XLSX", "rows.csv", "rows.jsonl", "rows", "rows.txt"):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "text.ods").write_text('{"a": "x", "b": "y"}\n')
+    for file in tmp_path.iterdir():
+        for read in (load_rows, lambda path: from_columns(path, anchor="a", positive="b")):
+            with pytest.raises(ValueError, match=f"{re.escape(str(file))} is a spreadsheet or a ZIP archive.* as CSV"):
+                read(file)
+    with pytest.raises(FileNotFoundError, match=r"There is no file or folder none.xlsx"):
+        load_rows("none.xlsx")
 
 
 def test_a_folder_of_texts_is_texts_only(tmp_path):

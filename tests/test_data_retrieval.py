@@ -433,7 +433,7 @@ def test_columns_of_a_hub_data_set(tmp_path):
         from_columns(load_dataset(**load), anchor="id", positive="answer")
     with pytest.raises(ValueError, match="The source is empty"):
         from_columns(load_dataset(**load).select([]), anchor="question", positive="answer")
-    with pytest.raises(FileNotFoundError, match=r"pass datasets.load_dataset\('org/name', split='train'\)"):
+    with pytest.raises(FileNotFoundError, match="file or folder org/name, nor could a data set of the Hub"):
         from_columns("org/name")
 
 

@@ -362,6 +362,17 @@ def test_which_prompt_a_task_gets(llm, folders):
     assert "scientific" in prompts("scifact")[0]  # this package's instruction
     assert "Instruct: " in prompts("STS13")[2]
     assert prompts("FiQA2018")[0].startswith("Instruct: Given a financial question")  # mteb's
+    model.prompts = {"document": "passage: ", "sci-fact-document": "abstract: ", "questions-document": None}
+    assert [prompts(name)[1] for name in ("scifact", "SciFact", "questions")] == ["abstract: ", "abstract: ", ""]
+    assert prompts("FiQA2018")[1] == "passage: " and prompts("scifact")[0] == prompts("scifact")[2] == ""
+    encoded = encoder.encode(
+        [{"text": ["a cat"]}],
+        task_metadata=local_task(folders / "scifact").metadata,
+        hf_split="",
+        hf_subset="",
+        prompt_type=PromptType.document,
+    )
+    np.testing.assert_allclose(encoded, model.encode(["a cat"], prompt="abstract: "), atol=1e-6)
     model.prompts = {"query": "query: ", "passage": "passage: "}
     assert prompts("scifact") == ["query: ", "passage: ", ""]
     llara = PromptedEncoder(build_model(llm, "llara"), "m", "1")

@@ -68,8 +68,8 @@ def test_mine_and_train(here, capsys):
     pairs = here / "pairs.csv"
     pairs.write_text(pairs.read_text().replace("anchor,positive", "question,answer"))
     ran = runpy.run_path(str(EXAMPLES / "mine_and_train.py"))
-    assert "of 20 rows have too few negatives" in capsys.readouterr().out
-    assert ran["mined"].column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert "rows; candidates dropped by rule: {'relative_margin'" in capsys.readouterr().out
+    assert ran["mined"].rows.column_names == ["anchor", "positive", "negative_1", "negative_2"]
     assert SentenceTransformer("my-model", trust_remote_code=True).encode_query("x").shape == (32,)
 
 

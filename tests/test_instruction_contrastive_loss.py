@@ -82,6 +82,27 @@ def test_groups_classes_texts_and_margin_equal_the_naive_loop(llm, seed, margin)
     assert classes.item() == pytest.approx(naive(embeddings, 20.0, [0] * 9, label, None, margin), rel=1e-9)
 
 
+def test_the_spread_equals_the_naive_loop(llm):
+    """By column: the mean square of the cosines of two rows that have a text, beyond 1 / dim, if it is more."""
+    model = build_model(llm, "mean")
+    embeddings = [column.detach() + torch.tensor([3.0] + [0.0] * 7) for column in draw(4, rows=6)]
+    texts = torch.arange(24).reshape(6, 4)
+    texts[2:5, 3] = NONE
+    labels = torch.cat([torch.zeros(6, 1), torch.full((6, 1), NONE), texts], dim=1).long()
+    plain = InstructionContrastiveLoss(model).compute_loss_from_embeddings(embeddings, labels)
+    spread = InstructionContrastiveLoss(model, spread_weight=0.3).compute_loss_from_embeddings(embeddings, labels)
+    expected = 0.0
+    for number, column in enumerate(embeddings):
+        rows = [F.normalize(row, dim=0) for row, text in zip(column, texts[:, number], strict=True) if text != NONE]
+        squares = [float(a @ b) ** 2 for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j]
+        expected += max(0.0, sum(squares) / len(squares) - 1 / 8)
+    assert expected > 0.5 and (spread - plain).item() == pytest.approx(0.3 * expected, rel=1e-6)
+    alone = [column[:1] for column in draw(3, rows=1)]
+    assert InstructionContrastiveLoss(model, spread_weight=1.0).compute_loss_from_embeddings(alone).isfinite()
+    with pytest.raises(ValueError, match="spread_weight=0 must be positive"):
+        InstructionContrastiveLoss(model, spread_weight=0)
+
+
 def test_switches_in_one_batch_are_the_sum_of_separate_computations(llm):
     """Two tasks with in-batch negatives, one without, blended: each as if it were alone."""
     model = build_model(llm, "mean")

@@ -17,7 +17,7 @@ REPOSITORY = ROOT.parent
 LAYERS = [
     {"version", "files", "modules", "tasks", "data"},
     {"trust", "recipes"},
-    {"losses", "weights", "mining"},
+    {"losses", "weights", "mining", "teaching"},
     {"hub", "model"},
     {"training", "convert", "evaluation"},
     {"cli"},

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import importlib.util
 import json
+import logging
+import os
+import pty
 import random
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +116,7 @@ def test_the_negatives_are_those_of_sentence_transformers(data, settings):
     rows, corpus = data
     corpus = [text for text in corpus if text not in set(rows["anchor"])]  # which it does not leave out
     settings = {"num_negatives": 30, "range_max": 400, **settings}
-    mined, report = mine_negatives(rows, make_teacher(), corpus, **settings)
+    mined, report, _ = mine_negatives(rows, make_teacher(), corpus, **settings)
     expected = theirs(rows, make_teacher(), corpus, **settings)
     assert by_pair(mined) == expected
     assert len(mined) == report.rows - report.rows_dropped
@@ -114,12 +125,14 @@ def test_the_negatives_are_those_of_sentence_transformers(data, settings):
         assert report.scores["positive"]["min"] < 0
 
 
-def plain_loop(rows, teacher, corpus, settings) -> tuple[dict, dict[str, int]]:
+def plain_loop(rows, teacher, corpus, settings) -> tuple[dict, dict[str, int], dict[tuple[str, str], str]]:
+    """The negatives by pair, what each rule dropped of all candidates, and the reasons of pairs without negatives."""
+    relative, absolute = settings.get("relative_margin", 0.05), settings.get("absolute_margin", 0)
     documents = list(dict.fromkeys([*corpus, *rows["positive"]]))
     vectors = dict(
         zip(documents, teacher.encode_document(documents, prompt=settings.get("corpus_prompt")), strict=True)
     )
-    mined, candidates, dropped = {}, 0, {"relative_margin": 0, "range_min": 0}
+    mined, reasons, candidates, dropped = {}, {}, 0, Counter(relative_margin=0, range_min=0)
     for anchor in dict.fromkeys(rows["anchor"]):
         vector = teacher.encode_query([anchor], prompt=settings.get("query_prompt"))[0]
 
@@ -131,21 +144,45 @@ def plain_loop(rows, teacher, corpus, settings) -> tuple[dict, dict[str, int]]:
         best = sorted(others, key=cosine, reverse=True)[: settings["range_max"]]
         candidates += len(best)
         lowest = min(map(cosine, positives))
-        left = [text for text in best if cosine(text) <= lowest - 0.05 * abs(lowest)]
-        dropped["relative_margin"] += len(best) - len(left)
-        dropped["range_min"] += len(left[: settings["range_min"]])
-        negatives = left[settings["range_min"] :][: settings["num_negatives"]]
-        if len(negatives) == settings["num_negatives"]:
-            mined.update({(anchor, positive): negatives for positive in positives})
-    return mined, {"candidates": candidates, **dropped}
+        left, own = [], Counter()
+        for text in best:
+            if cosine(text) > lowest - relative * abs(lowest):
+                own["relative_margin"] += 1
+            elif cosine(text) > lowest - absolute:
+                own["absolute_margin"] += 1
+            elif own["range_min"] < settings["range_min"]:
+                own["range_min"] += 1
+            else:
+                left.append(text)
+        dropped.update(own)
+        if len(left) >= settings["num_negatives"]:
+            mined.update({(anchor, positive): left[: settings["num_negatives"]] for positive in positives})
+            continue
+        words = [
+            f"{own[rule]} {words} ({rule}={number})"
+            for rule, words, number in (
+                ("relative_margin", "too close to the positive or above it", relative),
+                ("absolute_margin", "too close to the positive or above it", absolute),
+                ("range_min", "skipped", settings["range_min"]),
+            )
+            if own[rule]
+        ]
+        reason = f"{len(left)} of {settings['num_negatives']} negatives: of {len(best)} candidates, {', '.join(words)}"
+        reasons.update({(anchor, positive): reason for positive in positives})
+    return mined, {"candidates": candidates, **dropped}, reasons
+
+
+def reasons_by_pair(dropped: Dataset) -> dict[tuple[str, str], str]:
+    assert dropped.column_names == ["anchor", "positive", "reason"]
+    return {(row["anchor"], row["positive"]): row["reason"] for row in dropped}
 
 
 @pytest.mark.parametrize("prompts", [{}, {"query_prompt": "word5 word6 ", "corpus_prompt": ""}])
 def test_the_negatives_and_the_counts_are_those_of_a_plain_loop(data, prompts):
     rows, corpus = data
     settings = {"num_negatives": 3, "range_min": 2, "range_max": 30, **prompts}
-    mined, report = mine_negatives(rows, make_teacher(), corpus, **settings)
-    expected, counts = plain_loop(rows, make_teacher(), corpus, settings)
+    mined, report, _ = mine_negatives(rows, make_teacher(), corpus, **settings)
+    expected, counts, _ = plain_loop(rows, make_teacher(), corpus, settings)
     assert by_pair(mined) == expected and 20 < len(expected) < 80
     assert {"candidates": report.candidates, **report.dropped} == counts
     assert mined["anchor"][:] == [anchor for anchor in rows["anchor"] if any(pair[0] == anchor for pair in expected)]
@@ -154,12 +191,131 @@ def test_the_negatives_and_the_counts_are_those_of_a_plain_loop(data, prompts):
     check_contrastive_columns(mined, "mined")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_negatives": 3, "range_min": 2, "range_max": 30},
+        {"num_negatives": 9, "range_min": 4, "range_max": 40, "relative_margin": 0.2, "absolute_margin": 0.1},
+        {"num_negatives": 20, "range_min": 3, "range_max": 200, "relative_margin": 0.0, "absolute_margin": 0.3},
+    ],
+)
+def test_each_dropped_row_has_the_reason_of_a_plain_loop(data, settings):
+    rows, corpus = data
+    mined, report, dropped = mine_negatives(rows, make_teacher(), corpus, **settings)
+    expected, counts, reasons = plain_loop(rows, make_teacher(), corpus, settings)
+    assert by_pair(mined) == expected and reasons_by_pair(dropped) == reasons
+    assert {"candidates": report.candidates, **report.dropped} == counts
+    assert len(set(reasons.values())) > 3 and any(" skipped (" in reason for reason in reasons.values())
+    # The rows in their order, each in one of the two.
+    left_out = [row for row in rows if (row["anchor"], row["positive"]) in reasons]
+    assert dropped.remove_columns("reason").to_list() == left_out and len(dropped) == report.rows_dropped
+    assert len(mined) + len(dropped) == len(rows)
+
+
+def test_where_nothing_is_dropped_and_where_no_rule_drops(data):
+    rows, corpus = data
+    dropped = mine_negatives(rows, make_teacher(), corpus, relative_margin=None).dropped
+    assert len(dropped) == 0 and dropped.features["reason"].dtype == "string"
+    # Of three documents, the first anchor has two positives.
+    few = Dataset.from_dict({"anchor": ["word1", "word2", "word1"], "positive": ["word3", "word4", "word5"]})
+    dropped = mine_negatives(few, make_teacher(), num_negatives=2, relative_margin=None).dropped
+    assert dropped["reason"][:] == ["1 of 2 negatives: of 1 candidate, none dropped"] * 2
+    assert dropped["positive"][:] == ["word3", "word5"]
+
+
+def test_nothing_is_written_beside_rows_on_disk(data, tmp_path):
+    data[0].save_to_disk(str(tmp_path / "rows"))
+    before = sorted(file.name for file in (tmp_path / "rows").iterdir())
+    rows = Dataset.load_from_disk(str(tmp_path / "rows"))
+    for corpus in (None, data[1]):
+        mined = mine_negatives(rows, make_teacher(), corpus, num_negatives=20)
+        assert mined.dropped["reason"][0] and mined.rows["negative_2"][0]
+    assert sorted(file.name for file in (tmp_path / "rows").iterdir()) == before
+
+
+def progress(output: str) -> dict[str, str]:
+    """How far each bar came."""
+    return dict(re.findall(r"(\w[\w ]+): 100%\S* *\|.*?\| (\d+/\d+) \[", output))
+
+
+def test_progress_counts_texts_and_shards_also_those_in_the_cache(data, tmp_path, capsys):
+    (rows, corpus), teacher = data, make_teacher()
+    settings = {"num_negatives": 2, "shard_size": 150, "batch_size": 7, "cache_folder": tmp_path}
+    logger, documents = logging.getLogger("sentence_transformers"), len({*corpus, *rows["positive"]})
+    shards = -(-documents // 150)
+    shown = {"Encoding queries": "60/60", "Encoding documents": f"{documents}/{documents}"}
+    shown["Searching"] = f"{shards}/{shards}"
+    for texts in (corpus[:100], corpus, corpus):  # of the second run some vectors are there, of the third all
+        mine_negatives(rows, teacher, texts, **settings, show_progress_bar=True)
+        found = progress(capsys.readouterr().err)
+    assert {name: found[name] for name in shown} == shown
+    level = logger.level
+    try:
+        for at, expected in ((logging.WARNING, set()), (logging.INFO, set(shown))):
+            logger.setLevel(at)
+            mine_negatives(rows, teacher, corpus, **settings)
+            assert progress(capsys.readouterr().err).keys() & shown.keys() == expected
+            mine_negatives(rows, teacher, corpus, **settings, show_progress_bar=False)
+            assert not progress(capsys.readouterr().err).keys() & shown.keys()
+    finally:
+        logger.setLevel(level)
+    assert not teacher[-1]._forward_hooks
+
+
+@contextmanager
+def terminal() -> Iterator[list[str]]:
+    """Standard error is a terminal, and what it showed is in the list at the end."""
+    controller, screen = pty.openpty()
+    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    shown, ours, read = [], sys.stderr, []
+
+    def reading() -> None:
+        with suppress(OSError):  # when the screen is closed
+            while block := os.read(controller, 4096):
+                read.append(block)
+
+    reader = threading.Thread(target=reading)
+    reader.start()
+    try:
+        with open(screen, "w") as sys.stderr:
+            yield shown
+    finally:
+        sys.stderr = ours
+        reader.join()
+        os.close(controller)
+        shown.append(b"".join(read).decode())
+
+
+def test_the_command_shows_progress_on_a_terminal_and_leaves_logs_clean(data, tmp_path, capfd):
+    rows, corpus = data
+    rows.to_json(tmp_path / "rows.jsonl")
+    Dataset.from_dict({"text": corpus}).to_csv(tmp_path / "corpus.csv")
+    make_teacher().save_pretrained(str(tmp_path / "teacher"))
+    command = ["mine", *(str(tmp_path / name) for name in ("rows.jsonl", "teacher")), "--num-negatives", "2"]
+    command += ["--corpus", str(tmp_path / "corpus.csv"), "--output"]
+    with terminal() as shown:
+        assert main([*command, str(tmp_path / "seen")]) == 0
+    assert progress(shown[0]).keys() >= {"Encoding queries", "Encoding documents", "Searching"}
+    capfd.readouterr()
+    log = subprocess.run(
+        [sys.executable, "-m", "st_llm_embed", *command, str(tmp_path / "logged")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf")},
+    )
+    assert log.returncode == 0 and log.stderr == ""
+    folder = tmp_path / "logged"
+    dropped = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
+    assert f"Dropped {len(dropped)} with too few negatives: {folder / 'dropped.jsonl'} says why." in log.stdout
+    assert "show_progress_bar" not in json.loads((folder / "report.json").read_text())["settings"]
+
+
 def test_prompts_around_the_text_reach_the_llm(llm, data):
     rows, corpus = data[0].select(range(8)), data[1][:20]
     teacher = build_model(llm, "llara")
     settings = {"num_negatives": 3, "range_min": 0, "range_max": 12, "query_prompt": "{text} The next sentence:"}
     settings["corpus_prompt"] = "{text} The original sentence:"
-    mined, _ = mine_negatives(rows, teacher, corpus, **settings)
+    mined, *_ = mine_negatives(rows, teacher, corpus, **settings)
     assert by_pair(mined) == plain_loop(rows, teacher, corpus, settings)[0] != {}
 
 
@@ -174,19 +330,19 @@ def test_a_real_model_on_real_questions(shared):
     rows = Dataset.from_list([{key: line[key] for key in ("anchor", "positive")} for line in lines])
     corpus = [line["negative"] for line in lines if "negative" in line]
     settings = {"num_negatives": 3, "relative_margin": 0.05, "range_max": 100}
-    mined, _ = mine_negatives(rows, teacher, corpus, shard_size=50, **settings)
+    mined, *_ = mine_negatives(rows, teacher, corpus, shard_size=50, **settings)
     assert by_pair(mined) == theirs(rows, teacher, corpus, **settings) != {}
 
 
 def test_shards_and_faiss_change_nothing(data, monkeypatch):
     rows, corpus = data
-    mined, report = mine_negatives(rows, make_teacher(), corpus, range_min=1)
+    mined, report, _ = mine_negatives(rows, make_teacher(), corpus, range_min=1)
     monkeypatch.setattr("st_llm_embed.mining.search.BLOCK", 7)
-    again, its_report = mine_negatives(rows, make_teacher(), corpus, range_min=1, shard_size=13)
+    again, its_report, _ = mine_negatives(rows, make_teacher(), corpus, range_min=1, shard_size=13)
     assert again.to_dict() == mined.to_dict()
     assert its_report.dropped == report.dropped and its_report.histograms == report.histograms
     pytest.importorskip("faiss", reason="FAISS is not here (pip install faiss-cpu)")
-    again, its_report = mine_negatives(rows, make_teacher(), corpus, range_min=1, shard_size=13, use_faiss=True)
+    again, its_report, _ = mine_negatives(rows, make_teacher(), corpus, range_min=1, shard_size=13, use_faiss=True)
     assert again.to_dict() == mined.to_dict() and its_report.dropped == report.dropped
 
 
@@ -211,9 +367,9 @@ def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
     done = len(list((tmp_path / "cache").glob("*.npy")))
     assert done == 2 + 3  # 60 anchors, and three shards of documents
     teacher = make_teacher()
-    resumed, report = mine_negatives(rows, teacher, corpus, shard_size=40, cache_folder=tmp_path / "cache")
+    resumed, report, _ = mine_negatives(rows, teacher, corpus, shard_size=40, cache_folder=tmp_path / "cache")
     assert sum(teacher.calls) == report.documents - 120 and max(teacher.calls) == 40
-    expected, its_report = mine_negatives(rows, make_teacher(), corpus, shard_size=40)
+    expected, its_report, _ = mine_negatives(rows, make_teacher(), corpus, shard_size=40)
     assert resumed.to_dict() == expected.to_dict() and report == its_report
 
 
@@ -224,7 +380,7 @@ def test_a_shard_that_was_cut_off_is_computed_again(data, tmp_path, caplog):
 
     def mined() -> tuple[dict, int]:
         teacher.calls = []
-        found, _ = mine_negatives(rows, teacher, corpus, num_negatives=1, shard_size=50, cache_folder=tmp_path)
+        found, *_ = mine_negatives(rows, teacher, corpus, num_negatives=1, shard_size=50, cache_folder=tmp_path)
         return found.to_dict(), sum(teacher.calls)
 
     expected, _ = mined()
@@ -287,7 +443,7 @@ def test_memory_is_that_of_a_shard_not_of_the_corpus(tmp_path):
     mine_negatives(rows, teacher, rows["positive"][:], num_negatives=1, relative_margin=None)  # imports
     teacher.calls = []
     tracemalloc.start()
-    _, report = mine_negatives(rows, teacher, corpus, num_negatives=2, relative_margin=None, shard_size=250)
+    _, report, _ = mine_negatives(rows, teacher, corpus, num_negatives=2, relative_margin=None, shard_size=250)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     vectors = report.documents * 512 * 4
@@ -323,8 +479,17 @@ def test_no_row_left_says_why(data):
     with pytest.raises(ValueError, match=r"No row has num_negatives=7.*'relative_margin': [1-9].*raise|larger corpus"):
         mine_negatives(rows, make_teacher(), corpus, relative_margin=0.05, absolute_margin=1.9)
     alone = Dataset.from_dict({"anchor": ["word1", "word1"], "positive": ["word2", "word3"]})
-    with pytest.raises(ValueError, match="1 anchors had 0 candidates among 2 documents"):
+    with pytest.raises(ValueError, match="1 anchors had 0 candidates among 2 documents") as error:
         mine_negatives(alone, make_teacher())
+    assert "The reasons, by rows: 2 rows: 0 of 7 negatives: of 0 candidates, none dropped. Fix" in str(error.value)
+    settings = {"num_negatives": 25, "range_min": 0, "range_max": 25}
+    with pytest.raises(ValueError, match="No row has num_negatives=25") as error:
+        mine_negatives(rows, make_teacher(), corpus, **settings, absolute_margin=1.0)
+    frequency = Counter(plain_loop(rows, make_teacher(), corpus, {**settings, "absolute_margin": 1.0})[2].values())
+    (reason, count), *_ = frequency.most_common()
+    assert f"The reasons, by rows: {count} rows: {reason}; " in str(error.value)
+    told = [int(number) for number in re.findall(r"(\d+) (?:rows?: |more for)", str(error.value))]
+    assert len(told) == 4 and sum(told) == 80 and f"for {len(frequency) - 3} other reasons" in str(error.value)
 
 
 def test_vectors_that_are_not_finite_are_refused(data, tmp_path):
@@ -339,11 +504,11 @@ def test_vectors_that_are_not_finite_are_refused(data, tmp_path):
 def test_other_arrow_strings_and_other_columns(data, tmp_path):
     """A corpus of large strings with an id, shuffled, and rows in another format, with negatives of their own."""
     rows, corpus = data
-    expected, _ = mine_negatives(rows, make_teacher(), corpus)
+    expected, *_ = mine_negatives(rows, make_teacher(), corpus)
     large = Dataset.from_dict({"_id": list(range(len(corpus))), "text": corpus})
     large = large.cast(Features({"_id": Value("int64"), "text": Value("large_string")}))
     own = rows.add_column("negative", [None] * len(rows)).with_format("torch")
-    mined, _ = mine_negatives(own, make_teacher(), large.shuffle(seed=0))
+    mined, *_ = mine_negatives(own, make_teacher(), large.shuffle(seed=0))
     assert mined.to_dict() == expected.to_dict()
 
 
@@ -365,11 +530,14 @@ def test_the_command_writes_what_the_trainer_reads(data, tmp_path, capsys):
         str(out),
     ]
     assert main(arguments) == 0
-    assert "rows to" in capsys.readouterr().out
-    assert sorted(file.name for file in out.iterdir()) == ["histogram.png", "report.json", "train.jsonl"]
-    expected, report = mine_negatives(
-        rows, make_teacher(), corpus, num_negatives=3, relative_margin=None, absolute_margin=0.1
-    )
+    said = capsys.readouterr().out
+    settings = {"num_negatives": 3, "relative_margin": None, "absolute_margin": 0.1}
+    expected, report, dropped = mine_negatives(rows, make_teacher(), corpus, **settings)
+    assert f"Wrote {len(expected)} of 80 rows to {out / 'train.jsonl'}." in said
+    assert f"Dropped {len(dropped)} with too few negatives: {out / 'dropped.jsonl'} says why." in said
+    names = ["dropped.jsonl", "histogram.png", "report.json", "train.jsonl"]
+    assert sorted(file.name for file in out.iterdir()) == names
+    assert [json.loads(line) for line in (out / "dropped.jsonl").read_text().splitlines()] == dropped.to_list() != []
     mined = load_dataset(str(out), split="train", cache_dir=str(tmp_path / "hf"))
     assert mined.to_dict() == expected.to_dict()
     check_contrastive_columns(mined, "mined")
@@ -377,6 +545,11 @@ def test_the_command_writes_what_the_trainer_reads(data, tmp_path, capsys):
     assert written.pop("settings")["absolute_margin"] == 0.1 and MiningReport(**written) == report
     assert (out / "histogram.png").read_bytes().startswith(b"\x89PNG")
     assert main(arguments) == 2 and "is not an empty folder" in capsys.readouterr().err
+    everything = [*arguments[:-3], "none", "--output", str(tmp_path / "all")]
+    assert main(everything) == 0 and "Dropped" not in capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / "all").iterdir()) == names[1:]
+    none = [*arguments[:-3], "2.0", "--output", str(tmp_path / "out2")]
+    assert main(none) == 2 and "The reasons, by rows: " in capsys.readouterr().err
     (tmp_path / "rows.jsonl").write_text('{"anchor"')
     assert main([*arguments[:-1], str(tmp_path / "out2")]) == 2
     assert "rows.jsonl could not be read as a data set: JSON parse error" in capsys.readouterr().err
@@ -424,7 +597,7 @@ def test_a_document_with_its_title_and_without_is_one(tmp_path, suffix):
         "documents asked": rows.map(lambda row: {"anchor": whole[row["positive"]], "positive": row["positive"]}),
     }.items():
         corpus = Dataset.from_list(documents)
-        found, report = mine_negatives(made, make_teacher(), corpus, **everything)
+        found, report, _ = mine_negatives(made, make_teacher(), corpus, **everything)
         assert report.documents == 40, name
         mined[name] = found.to_list()
         assert {row["anchor"] for row in mined[name]} == set(made["anchor"])
@@ -443,7 +616,7 @@ def test_spellings_of_one_text_are_one(data):
     }
     rows = Dataset.from_dict({"anchor": ["word1 \u00e9", "word2"], "positive": list(texts)})
     corpus = [spelling for spellings in texts.values() for spelling in spellings] + ["word1 e\u0301 ", " word3\n"]
-    mined, report = mine_negatives(rows, make_teacher(), corpus, num_negatives=2, relative_margin=None)
+    mined, report, _ = mine_negatives(rows, make_teacher(), corpus, num_negatives=2, relative_margin=None)
     assert report.documents == 4 and report.anchors == 2
     first, second = (sorted(row[f"negative_{i}"] for i in (1, 2)) for row in mined)
     assert first == ["five fish", "word3"]  # not its own text, and as a document is read: without space around it
@@ -474,7 +647,7 @@ def test_memory_is_what_each_anchor_needs(use_faiss):
     for many in (1, 1, 1000):  # the first imports
         rows, teacher = with_many_positives(many), make_teacher(dim=4)
         tracemalloc.start()
-        mined, report = mine_negatives(
+        mined, report, _ = mine_negatives(
             rows, teacher, num_negatives=2, relative_margin=None, range_max=10, use_faiss=use_faiss
         )
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -489,8 +662,8 @@ def test_the_negatives_of_an_anchor_with_many_positives_are_those_of_a_plain_loo
     monkeypatch.setattr("st_llm_embed.mining.search.BLOCK", 7)
     rows = with_many_positives(30, rows=60)
     settings = {"num_negatives": 3, "range_min": 0, "range_max": 12}
-    mined, report = mine_negatives(rows, make_teacher(), WORDS, shard_size=11, **settings)
-    expected, counts = plain_loop(rows, make_teacher(), WORDS, settings)
+    mined, report, _ = mine_negatives(rows, make_teacher(), WORDS, shard_size=11, **settings)
+    expected, counts, _ = plain_loop(rows, make_teacher(), WORDS, settings)
     assert by_pair(mined) == expected != {}
     assert {"candidates": report.candidates, **report.dropped} == counts
 

@@ -102,7 +102,7 @@ def test_a_trained_model_is_no_base_but_its_llm_is(llm, tmp_path):
         "data": {"rows": {"read": "from_columns", "source": str(tmp_path / "rows.jsonl"), "instruction": "Find it"}},
         "stages": [{"name": "first", "data": ["rows"], "arguments": {"max_steps": 1, "use_cpu": True}}],
     }
-    with pytest.raises(ValueError, match="is a model of sentence-transformers: .*'start' in a configuration"):
+    with pytest.raises(ValueError, match="is a model of sentence-transformers: .*in a configuration, model: {load: "):
         train_stages(config)
     assert not (tmp_path / "run").exists()
 

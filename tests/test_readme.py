@@ -19,7 +19,10 @@ from hub_server import hub_server, online
 
 from examples.study.report import summarize
 from st_llm_embed.cli import COMMANDS, main, parser
-from st_llm_embed.training.run_config import read_settings
+from st_llm_embed.recipes import RECIPES
+from st_llm_embed.training.configuration import Given
+from st_llm_embed.training.keys import json_schema, reference
+from st_llm_embed.training.run_config import read_run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -120,9 +123,39 @@ def tomllib_extras() -> set[str]:
 
 
 def test_the_configuration_of_the_training_guide_is_one():
-    block, _ = blocks("yaml", (ROOT / "st_llm_embed" / "training" / "README.md").read_text())
-    settings, stages = read_settings(yaml.safe_load(block))
-    assert [stage.name for stage in stages] == ["pretext", "retrieval", "blended"] and len(settings["data"]) == 4
+    block, *others = blocks("yaml", (ROOT / "st_llm_embed" / "training" / "README.md").read_text())
+    assert all(read_run(Given(yaml.safe_load(other))) for other in others) and len(others) == 2
+    config = read_run(Given(yaml.safe_load(block)))
+    assert [stage.name for stage in config.stages] == ["pretext", "retrieval", "blended"] and len(config.data) == 4
+
+
+def test_the_reference_of_all_keys_is_what_checks_them():
+    assert (ROOT / "st_llm_embed" / "training" / "KEYS.md").read_text() == reference()
+    schema = json_schema()
+
+    def keys(part: dict) -> set[str]:
+        part = schema["$defs"][part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+        inner = [*part.get("anyOf", ()), *part.get("oneOf", ()), *(part[key] for key in ("items",) if key in part)]
+        inner += [of for of in (part.get("additionalProperties"),) if isinstance(of, dict)]
+        own = part.get("properties", {})
+        return set(own).union(*map(keys, own.values()), *map(keys, inner))
+
+    parts = [schema["$defs"][branch["$ref"].rpartition("/")[2]] for branch in schema["properties"]["model"]["oneOf"]]
+    recipes = [part["properties"].get("recipe", {}).get("const") for part in parts]  # by which editors tell them apart
+    assert recipes == [*RECIPES, None] and ["recipe" in part["required"] for part in parts[:2]] == [False, True]
+    said = {
+        "learning_rate",
+        "lora_alpha",
+        "num_latents",
+        "load",
+        "instruction",
+        "columns",
+        "teacher",
+        "matryoshka_dims",
+    }
+    assert said | {"lm_head", "eval_tasks", "spread_weight", "license", "document_prompt", "hub_model_id"} <= keys(
+        schema
+    )
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,8 @@ from st_llm_embed.data import windows
 from st_llm_embed.hub import save_sealed
 from st_llm_embed.tasks import Task
 from st_llm_embed.training import train_stages
-from st_llm_embed.training.run_config import Stage, stage_arguments
+from st_llm_embed.training.configuration import Given
+from st_llm_embed.training.run_config import RunConfig, Stage, stage_arguments
 from st_llm_embed.training.run_folder import LOCK, last_checkpoint
 from st_llm_embed.training.stage_data import READERS, splitter
 from st_llm_embed.weights.merging import merge_adapter
@@ -104,16 +104,17 @@ def test_a_run_starts_from_the_model_that_another_left(settings, tmp_path):
     first, last = settings["stages"][0], settings["stages"][2]
     left = train_stages({**settings, "stages": [{**settings["stages"][1], "arguments": {"stage": 1, "max_steps": 1}}]})
     still = {**last, "data": ["banking77"], "arguments": {"stage": 2, "max_steps": 1, "learning_rate": 0.0}}
-    went_on = {**settings, "output": str(tmp_path / "second"), "start": str(left), "stages": [still]}
+    went_on = {**settings, "output": str(tmp_path / "second"), "model": {"load": str(left)}, "stages": [still]}
     second = train_stages(went_on)
     for name, tensor in weights(left).items():
         torch.testing.assert_close(weights(second)[name], tensor, rtol=0, atol=0)
     assert {"pairs", "banking77"} <= set(SentenceTransformer(str(second), trust_remote_code=True).prompts)
     table = (second / "README.md").read_text().partition("## How it was trained")[2]
     assert table.index("| retrieval | 1 | pairs") < table.index("| blended | 2 | banking77")
-    for wrong in (str(tmp_path), "org/model"):
-        with pytest.raises(ValueError, match="is no model. It takes"):
-            train_stages({**went_on, "output": str(tmp_path / "third"), "start": wrong, "stages": [first]})
+    with pytest.raises(ValueError, match="is no model of sentence-transformers: it has no modules.json"):
+        train_stages(
+            {**went_on, "output": str(tmp_path / "third"), "model": {"load": str(tmp_path)}, "stages": [first]}
+        )
 
 
 def test_three_stages_and_what_they_leave(settings, tmp_path, capsys):
@@ -160,34 +161,11 @@ def test_a_run_that_goes_on_has_the_prompts_of_the_stages_before(settings):
     assert SentenceTransformer(str(last), trust_remote_code=True).prompts == expected
 
 
-def test_a_configuration_that_makes_no_sense_is_refused(settings, tmp_path):
+def test_the_output_of_another_run_is_refused(settings, tmp_path):
     def changed(**changes) -> dict:
         return {**settings, "output": str(tmp_path / f"at-{time.monotonic_ns()}"), **changes}
 
     stage = settings["stages"][0]
-    for wrong, message in (
-        (changed(steps=3), r"has the unknown key 'steps'. Did you mean 'stages'\? It takes output \(str\), model"),
-        (changed(stages={}), r"has stages={}. It must be of the type"),
-        (changed(stages=[]), "has no stages"),
-        (changed(stages=[{**stage, "data": ["absent"]}]), r"'pretext' names the data sets \['absent'\]. Known: "),
-        (["output"], r"The configuration is \['output'\], no mapping. It takes output \(str\), model"),
-        (changed(data={"documents": "documents.jsonl"}), "Data set 'documents' is 'documents.jsonl'. It takes read,"),
-        (changed(stages=[stage, "pretext"]), "Stage 2 is 'pretext', no mapping. It takes name .str., data .list."),
-        (changed(stages=[{"data": ["pairs"]}]), "Stage 1 lacks name. It takes name .str."),
-        (changed(stages=[{"name": "pretext"}]), "Stage 1 lacks data. It takes name .str."),
-        (changed(stages=[{**stage, "steps": 3}]), "Stage 1 has the unknown key 'steps'. It takes name .str."),
-        (changed(stages=[{**stage, "arguments": None}]), "Stage 1 has arguments=None. It must be of the type dict"),
-        (changed(stages=[{**stage, "data": "documents"}]), "Stage 1 has data='documents'. It must be of the type"),
-        (changed(stages=[{**stage, "data": [{"read": "from_sts"}]}]), r"names the data sets \[{'read': 'from_sts'}\]"),
-        (changed(stages=[{**stage, "data": []}]), "Stage 'pretext' names no data set. Known: "),
-        (changed(stages=[{**stage, "data": ["documents", "pairs"]}]), "has pretext rows beside others"),
-        (
-            changed(data={"documents": {"read": "eval"}}, stages=[stage]),
-            "has read='eval'. Valid: consecutive",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train_stages(wrong)
     train_stages(changed(stages=[stage], output=settings["output"]))
     with pytest.raises(ValueError, match="holds a run of another configuration"):
         train_stages(changed(stages=[stage], output=settings["output"], seed=1))
@@ -195,74 +173,6 @@ def test_a_configuration_that_makes_no_sense_is_refused(settings, tmp_path):
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds something that is no run of this command"):
         train_stages(changed(output=str(tmp_path / "full")))
-
-
-def later(**arguments) -> Callable[[dict], object]:
-    return lambda settings: settings["stages"][1]["arguments"].update(arguments)
-
-
-def shared(part: str, **changes) -> Callable[[dict], object]:
-    return lambda settings: settings[part].update(changes)
-
-
-WRONG = [
-    (
-        later(learning_rte=1e-4),
-        "Stage 'retrieval''s arguments has the unknown key 'learning_rte'. Did you mean 'learni",
-    ),
-    (later(temperature=0), "Stage 'retrieval': temperature=0 must be positive"),
-    (later(temperature="warm"), "temperature='warm'. It must be of the type float"),
-    (later(lr_scheduler_type="cosin"), "Stage 'retrieval': cosin is not a valid SchedulerType"),
-    (later(eval_strategy="steps"), "Stage 'retrieval': eval_data=.. and eval_strategy='steps' do not go together"),
-    (later(prompts={"anchor": "x"}), "Stage 'retrieval': tasks= sets the prompts"),
-    (later(output_dir="x"), "has the argument 'output_dir', which follows from the output's folder"),
-    (later(resume_from_checkpoint="x"), "has the argument 'resume_from_checkpoint'"),
-    (later(per_device_train_batch_size=0), "Stage 'retrieval': batch_size should be a positive integer"),
-    (later(max_steps=0), "Stage 'retrieval': max_steps=0, num_train_epochs=3.0 train nothing"),
-    (later(report_to="wandb"), "Stage 'retrieval': WandbCallback requires wandb"),
-    (later(optim="adamw_8bit"), "Stage 'retrieval': You need to install `bitsandbytes`"),
-    (later(adam_beta1=2.0), "Stage 'retrieval': Invalid beta"),
-    (later(lr_scheduler_kwargs={"number": 1}), "Stage 'retrieval': .*unexpected keyword argument 'number'"),
-    (later(stage=2), "Stage 'retrieval': Task 'pairs' is trained without in-batch negatives, and its data set has no"),
-    (
-        lambda s: s["stages"][1].update(loss={"form": "mean"}),
-        "Stage 'retrieval''s loss has form, of PretextLoss.*Leave it out",
-    ),
-    (lambda s: s["stages"][1].update(name="../x"), "Stage 2 has name='../x'. It names a folder"),
-    (
-        lambda s: s["stages"][0].update(loss={"frm": "mean"}),
-        "'pretext''s loss has the unknown key 'frm'. Did you mean",
-    ),
-    (lambda s: s["stages"][0].update(loss={"form": "cloud"}), "Stage 'pretext': form='cloud' is unknown"),
-    (
-        lambda s: s["stages"][0].update(arguments={"num_train_epochs": 1}),
-        "Stage 'pretext': .*max_steps has to be spec",
-    ),
-    (shared("arguments", warmup_stepz=1), "The configuration's arguments has the unknown key 'warmup_stepz'"),
-    (shared("model", num_latent=1), "The model has the unknown key 'num_latent'. Did you mean 'num_latents'"),
-    (shared("model", max_seq_length="long"), "The model has max_seq_length='long'"),
-    (shared("model", base="/nowhere"), "base='/nowhere' could not be loaded"),
-    (lambda s: s["model"].pop("base"), "The model lacks base"),
-    (lambda s: s["data"]["pairs"].update(negativess=1), "Data set 'pairs' has the unknown key 'negativess'"),
-    (lambda s: s["data"]["pairs"].update(weight="heavy"), "Data set 'pairs' has weight='heavy'"),
-    (lambda s: s["data"]["pairs"].pop("source"), "Data set 'pairs' lacks source"),
-    (lambda s: s["data"]["documents"].pop("documents"), "Data set 'documents' lacks documents"),
-    (lambda s: s["data"]["documents"].update(split="words"), "Data set 'documents': split='words' is unknown"),
-    (lambda s: s["data"]["pairs"].update(read="load_dataset", path="no/where"), "Data set 'pairs'"),
-]
-
-
-@pytest.mark.parametrize(("spoil", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
-def test_what_a_later_stage_says_wrongly_is_refused_before_any_is_trained(settings, tmp_path, spoil, message):
-    """Through the command line, as one line; and the output is nobody's."""
-    settings["data"]["pairs"]["negatives"] = 0
-    settings["stages"] = settings["stages"][:2]
-    spoil(settings)
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    with pytest.raises(ValueError, match=message):
-        train_stages(file)
-    assert not (tmp_path / "run").exists()
 
 
 def test_numbers_as_text_train_as_numbers(settings, tmp_path):
@@ -348,7 +258,8 @@ def test_shared_arguments_reach_the_stages_that_they_have_an_effect_on():
     shared = {"learning_rate": 1e-4, "temperature": 0.5, "false_negative_margin": 0.9}
 
     def arguments_of(stages: list[Stage], **shared: object) -> list[dict]:
-        return stage_arguments(stages, data, {"seed": 0, "arguments": {"seed": 1, "report_to": [], **shared}})
+        arguments = {"seed": 1, "report_to": [], **shared}
+        return stage_arguments(RunConfig("run", {}, data, stages, arguments), data, Given({}))
 
     always = {"seed": 1, "report_to": []}
     first, second, third = arguments_of(stages, **shared)

@@ -9,7 +9,7 @@ from importlib import resources
 
 import pytest
 
-from st_llm_embed.tasks import KINDS, Task, known_task
+from st_llm_embed.tasks import KINDS, Task, encoding_prompts, known_task
 
 KNOWN = json.loads(resources.files("st_llm_embed").joinpath("tasks.json").read_text(encoding="utf-8"))
 
@@ -56,3 +56,26 @@ def test_negatives_and_weight_are_checked():
     for weight in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"Task 'x' has weight={weight}. It must be a positive number"):
             Task("x", "y", weight=weight)
+
+
+def test_documents_may_have_a_prompt_of_their_own():
+    """The first retrieval task's is every document's; another's goes by its name."""
+    docs = Task("docs", "Find it", document_prompt="passage: ")
+    news = Task("news", "Find news", document_prompt="{text} (news)")
+    plain = Task("plain", "Find all")
+    assert docs.column_prompts(["anchor", "positive", "negative_1"], {"document": "other"}) == {
+        "anchor": "Instruct: Find it\nQuery: ",
+        "positive": "passage: ",
+        "negative_1": "passage: ",
+    }
+    prompts = encoding_prompts([docs, news], {})
+    assert prompts["document"] == prompts["docs-document"] == "passage: "
+    assert prompts["news-document"] == "{text} (news)" and prompts["query"] == prompts["docs"]
+    assert "document" not in encoding_prompts([plain, docs], {})
+    llara = {"document": "{text} The original sentence:"}
+    assert docs.column_prompts(["positive"], llara) == {"positive": "passage: {text} The original sentence:"}
+    assert encoding_prompts([docs], llara)["document"] == "passage: {text} The original sentence:"
+    assert news.column_prompts(["positive"], llara) == {"positive": "{text} (news)"}
+    assert Task("docs", "Find it", document_prompt="").column_prompts(["positive"], {"document": "other"}) == {}
+    with pytest.raises(ValueError, match="document_prompt, and is of the kind 'sts', whose texts are all of one sort"):
+        Task("docs", "Tell", "sts", document_prompt="passage: ")

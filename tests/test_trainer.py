@@ -670,6 +670,7 @@ OF_TASKS = {
     "false_negative_margin": 0.9,
     "mini_batch_size": 2,
     "gather_across_devices": True,
+    "spread_weight": 0.5,
 }
 
 
@@ -680,7 +681,7 @@ def test_arguments_of_tasks_have_no_effect_without(llm, tmp_path):
         args = arguments(tmp_path, **{name: value})
         with pytest.raises(ValueError, match=f"{name}={value} has no effect: it is read with tasks="):
             LLMEmbedTrainer(model, args, Dataset.from_dict(PRETEXT), loss=PretextLoss(model))
-        if name in ("temperature", "false_negative_margin", "mini_batch_size", "gather_across_devices"):
+        if name in training_args.OF_THE_LOSS:
             with pytest.raises(ValueError, match=f"{name}={value} has no effect: the loss is one of your own"):
                 loss = MatryoshkaLoss(model, InstructionContrastiveLoss(model), [32, 8])
                 LLMEmbedTrainer(model, args, {"docs": rows()}, loss=loss, tasks=[DOCS])

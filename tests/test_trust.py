@@ -643,7 +643,11 @@ def test_a_fifo_does_not_hang_a_run_that_starts_from_it(sealed, tmp_path, capsys
     start = tmp_path / "start"
     shutil.copytree(sealed["stock"], start)
     os.mkfifo(start / "x.json")
-    config = {"output": str(tmp_path / "out"), "model": {"base": "x"}, "start": str(start), "data": {"x": {}}}
+    config = {
+        "output": str(tmp_path / "out"),
+        "model": {"load": str(start)},
+        "data": {"x": {"read": "from_sts", "source": "x"}},
+    }
     (tmp_path / "train.yaml").write_text(json.dumps({**config, "stages": [{"name": "a", "data": ["x"]}]}))
     assert main(["train", str(tmp_path / "train.yaml")]) == 2
     assert "is no regular file" in capsys.readouterr().err

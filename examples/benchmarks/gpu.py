@@ -88,10 +88,10 @@ class Steps:
         return f"merged on {merge_adapter(model).device}"
 
     def mine(self) -> str:
-        rows, _ = mine_negatives(
+        mined = mine_negatives(
             PAIRS.select_columns(["anchor", "positive"]), self.build("mean"), num_negatives=2, relative_margin=None
         )
-        return f"{len(rows)} rows"
+        return f"{len(mined.rows)} rows"
 
 
 def step(name: str, act: Callable[[], str]) -> None:

@@ -70,7 +70,7 @@ def run(form: str, folder: Path) -> None:
         mined = mine_hard_negatives(rows, teacher, corpus=texts, output_format="n-tuple", verbose=False, **SETTINGS)
     else:
         cache = {"cache_folder": folder / "cache"} if form == "here, cached" else {}
-        mined, _ = mine_negatives(rows, teacher, corpus, use_faiss=form == "here, FAISS", **cache, **SETTINGS)
+        mined = mine_negatives(rows, teacher, corpus, use_faiss=form == "here, FAISS", **cache, **SETTINGS).rows
     seconds, megabytes = time.process_time() - started, peak_megabytes() - before
     print(json.dumps({"seconds": seconds, "megabytes": megabytes, "rows": mined.to_list()}))
 

@@ -111,15 +111,15 @@ def prepare_training(root: Path, target: Path, train: dict[str, list[str]], size
                 continue
             pairs = read_pairs(root / name, size["train_rows"])
             for how, margin in MARGINS.items():
-                rows, report = mine_negatives(
+                mined = mine_negatives(
                     pairs,
                     teacher,
                     num_negatives=size["negatives"],
                     relative_margin=margin,
                     cache_folder=target / "vectors",
                 )
-                print(f"{name}, {how}: {len(rows)} rows, {report.rows_dropped} dropped", flush=True)
-                write(target / f"{name}-{how}.jsonl.gz", rows)
+                print(f"{name}, {how}: {len(mined.rows)} rows, {len(mined.dropped)} dropped", flush=True)
+                write(target / f"{name}-{how}.jsonl.gz", mined.rows)
             write(target / f"{name}-random.jsonl.gz", random_negatives(pairs, size["negatives"]))
     for name in [*train["retrieval"], TEXT] if "pairs" in size else []:
         file = target / f"{name}-none.jsonl.gz"

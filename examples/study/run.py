@@ -184,7 +184,7 @@ def model_folder(name: str, seed: int, arguments: argparse.Namespace) -> Path:
         folders = arguments.data, arguments.output / "data" / "train"
         config = configuration(row, size, folders, seed)
         if "after" in row:
-            config["start"] = str(model_folder(row["after"], seed, arguments))
+            config["model"] = {"load": str(model_folder(row["after"], seed, arguments))}
         return train(config, arguments.output)
     averaged = arguments.output / "models" / f"{file_name(name)}-{seed}"
     if not averaged.is_dir():

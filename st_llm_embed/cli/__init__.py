@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from st_llm_embed.cli import (
+    align,
     average,
     build,
     check,
@@ -24,14 +25,33 @@ from st_llm_embed.cli import (
     merge,
     mine,
     publish,
+    schema,
     seal,
     search,
+    split,
     train,
 )
 from st_llm_embed.version import __version__
 
 # In the order of the work.
-COMMANDS = (build, mine, train, average, merge, export, convert, evaluate, encode, search, seal, check, publish)
+COMMANDS = (
+    split,
+    build,
+    mine,
+    schema,
+    train,
+    align,
+    average,
+    merge,
+    export,
+    convert,
+    evaluate,
+    encode,
+    search,
+    seal,
+    check,
+    publish,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
-"""Evaluate a model with mteb, on its tasks or on folders.
+"""Evaluate models with mteb, on its tasks or on folders.
 
 Evaluate a model under the prompts saved in it. Results are mteb's files, kept by the model's revision, precision and
-attention: an interrupted evaluation goes on. Prints a table.
+attention: an interrupted evaluation goes on. Prints a table. Of several models it has all figures, and the differences
+to the first, with 95 % intervals where they can be paired over queries.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from st_llm_embed.cli.shared import MODEL, add_batch_size, add_revision, add_tru
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help=MODEL)
+    parser.add_argument("sources", nargs="+", metavar="model", help=f"{MODEL}; several are compared with the first")
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -40,20 +41,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from st_llm_embed.evaluation import evaluate, parity
+    from st_llm_embed.evaluation import compare, evaluate, parity
     from st_llm_embed.evaluation.parity import as_markdown
     from st_llm_embed.files import check_writable
 
-    not_settings = {"source", "tasks", "output", "parity", "run", "debug"}
+    sources, tasks, output = arguments.sources, arguments.tasks, arguments.output
+    not_settings = {"sources", "tasks", "output", "parity", "run", "debug"}
     settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
-    if arguments.parity:
-        check_writable(arguments.output)  # as evaluate does by itself
+    if len(sources) > 1 and arguments.parity:
+        raise ValueError(f"--parity takes one model, not {len(sources)}: leave out {', '.join(sources[1:])}.")
+    if len(sources) > 1:
+        if settings.pop("revision"):
+            raise ValueError(
+                f"--revision takes one model, not {len(sources)}. Fix: hf download MODEL --revision REVISION "
+                "--local-dir FOLDER, and name the folder."
+            )
+        compared = compare(sources, tasks, output, **settings)
+        print(f"{compared.table}\nThis table is {compared.folder / 'comparison.md'}; mteb's files are beside it.")
+    elif arguments.parity:
+        check_writable(output)  # as evaluate does by itself
         if chosen := [name for name in ("dtype", "attn_implementation") if settings.pop(name)]:
             raise ValueError(f"--parity compares precisions and attentions itself: leave out {', '.join(chosen)}.")
-        table = as_markdown(parity(arguments.source, arguments.tasks, **settings))
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "parity.md").write_text(table, encoding="utf-8")
+        table = as_markdown(parity(sources[0], tasks, **settings))
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "parity.md").write_text(table, encoding="utf-8")
         print(table)
     else:
-        evaluated = evaluate(arguments.source, arguments.tasks, arguments.output, **settings)
+        evaluated = evaluate(sources[0], tasks, output, **settings)
         print(f"{evaluated.table}\nThis table and mteb's files are in {evaluated.folder}.")

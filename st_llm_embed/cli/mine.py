@@ -1,7 +1,7 @@
 """Add hard negatives to a data set.
 
 Let a teacher model rank a corpus for every anchor, and take the hardest texts that score well below its positive.
-Writes train.jsonl, report.json and histogram.png.
+Writes train.jsonl, report.json and histogram.png; and dropped.jsonl, the rows with too few negatives and why.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from st_llm_embed.cli.shared import MODEL, NEW_FOLDER, ROWS, add_batch_size, add_columns, add_trust
+from st_llm_embed.cli.shared import MODEL, NEW_FOLDER, ROWS, add_batch_size, add_columns, add_trust, shows_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,17 +67,22 @@ def run(arguments: argparse.Namespace) -> None:
         raise ImportError(f"The picture needs {error.name!r}. Fix: pip install 'st-llm-embed[plots]'.") from error
 
     check_empty(arguments.output.resolve())
+    progress = shows_progress()
     sources = {key: getattr(arguments, key) for key in ("data", "teacher", "corpus")}
     not_settings = {*sources, "columns", "corpus_columns", "output", "trust_remote_code", "run", "debug"}
     settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
-    rows, report = mine_negatives(
+    mined = mine_negatives(
         load_rows(arguments.data, columns=dict(arguments.columns)),
         load_teacher(arguments.teacher, arguments.trust_remote_code),
         load_corpus(arguments.corpus, dict(arguments.corpus_columns)) if arguments.corpus else None,
         **settings,
+        show_progress_bar=progress,
     )
-    written = write_mined(rows, report, arguments.output, {**sources, **settings})
-    print(f"Wrote {len(rows)} of {report.rows} rows to {written}.")
+    written = write_mined(mined, arguments.output, {**sources, **settings})
+    report = mined.report
+    print(f"Wrote {len(mined.rows)} of {report.rows} rows to {written}.")
+    if report.rows_dropped:
+        print(f"Dropped {report.rows_dropped} with too few negatives: {written.with_name('dropped.jsonl')} says why.")
     print(f"Of {report.candidates} candidates were dropped, by rule: {report.dropped}.")
 
 

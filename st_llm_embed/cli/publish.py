@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from st_llm_embed.cli.shared import add_card, add_trust
+from st_llm_embed.cli.shared import add_card, add_trust, state_card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.trust import load_trusted
 
     model = load_trusted(arguments.folder, arguments.trust_remote_code)
-    if arguments.license:
-        model.model_card_data.set_license(arguments.license)
+    state_card(model, arguments)
     names = ("adapter", "private", "exist_ok", "create_pr", "revision", "samples")
     url = publish(model, arguments.repo_id, **{name: getattr(arguments, name) for name in names})
     print(f"Published: {url}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from st_llm_embed.cli.shared import NEW_FOLDER, add_card, add_trust
+from st_llm_embed.cli.shared import NEW_FOLDER, add_card, add_trust, state_card
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,5 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_empty(Path(arguments.output).resolve())
     model = load_trusted(arguments.source, arguments.trust_remote_code)
-    if arguments.license:
-        model.model_card_data.set_license(arguments.license)
+    state_card(model, arguments)
     print(f"Wrote {save_sealed(model, arguments.output, samples=arguments.samples)}.")

@@ -11,7 +11,7 @@ import tempfile
 from contextlib import nullcontext
 from functools import partial
 
-from st_llm_embed.cli.shared import MODEL, ROWS, add_batch_size, add_columns, add_trust
+from st_llm_embed.cli.shared import MODEL, ROWS, add_batch_size, add_columns, add_trust, shows_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,14 +44,15 @@ def run(arguments: argparse.Namespace) -> None:
     corpus = read_corpus(load_corpus(arguments.corpus, dict(arguments.corpus_columns)))
     questions = Dataset.from_dict({"text": arguments.questions})
     model = load_trusted(arguments.model, arguments.trust_remote_code)
-    folder = arguments.cache_folder
+    folder, progress = arguments.cache_folder, shows_progress()
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
-        cache = EmbeddingCache(model, place, arguments.batch_size, SHARD_SIZE)
+        cache = EmbeddingCache(model, place, arguments.batch_size, SHARD_SIZE, progress)
         queries = cache.queries(questions, np.arange(len(questions)), None)
         documents = cache.documents(corpus, np.arange(len(corpus)), None)
         none = np.empty(0, np.int64)
         search = partial(exact_search, device=model.device)
-        scores, rows = find_nearest(queries, documents, (none, none), min(arguments.top_k, len(corpus)), search)
+        k = min(arguments.top_k, len(corpus))
+        scores, rows = find_nearest(queries, documents, (none, none), k, search, progress)
     for question, row_scores, row_numbers in zip(arguments.questions, scores, rows, strict=True):
         print(question)
         for score, text in zip(row_scores, corpus[row_numbers]["text"], strict=True):

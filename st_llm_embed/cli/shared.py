@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 NEW_FOLDER = "the folder to write; it must not exist, or be empty"
 MODEL = "the folder or Hub id of a sentence-transformers model"
-ROWS = "a JSON lines, CSV, TSV or Parquet file, a folder that save_to_disk wrote, or a Hub id (its split train)"
+ROWS = "a JSON, CSV, TSV or Parquet file, a folder that save_to_disk wrote, or a Hub id (its split train)"
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +32,17 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
 
 def add_card(parser: argparse.ArgumentParser) -> None:
     """What a model's card says."""
+    parser.add_argument("--name", help="the name of the model, the title of its card")
     parser.add_argument("--license", help="the licence of the model, such as apache-2.0 (default: its base's)")
     parser.add_argument("--samples", action="store_true", help="leave rows of the training data in the card")
+
+
+def state_card(model: SentenceTransformer, arguments: argparse.Namespace) -> None:
+    """Tell the model's card what ``add_card`` asked for."""
+    if arguments.name:
+        model.model_card_data.model_name = arguments.name
+    if arguments.license:
+        model.model_card_data.set_license(arguments.license)
 
 
 def add_columns(parser: argparse.ArgumentParser, flag: str, of: str) -> None:
@@ -53,3 +67,15 @@ def _renaming(text: str) -> tuple[str, str]:
 def add_revision(parser: argparse.ArgumentParser) -> None:
     """The revision of a Hub repository."""
     parser.add_argument("--revision", help="the branch, tag or commit of the Hub repository (default: main)")
+
+
+def shows_progress() -> bool:
+    """Whether standard error is a terminal. If not, it is a log: the bars of the host libraries are off, too."""
+    if not sys.stderr.isatty():
+        import datasets
+        from transformers.utils import logging
+
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()  # and huggingface_hub's
+        return False
+    return True

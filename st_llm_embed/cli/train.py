@@ -26,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.training import train_stages
-    from st_llm_embed.training.configuration import override, read_assignments, read_yaml
+    from st_llm_embed.training.configuration import read_assignments
 
-    config = override(read_yaml(arguments.config), read_assignments(arguments.set))
+    assignments = read_assignments(arguments.set)
     if arguments.dry_run:
         from st_llm_embed.training.plan import describe_run
 
-        print(describe_run(config))
+        print(describe_run(arguments.config, assignments))
     else:
-        print(f"Wrote {train_stages(config)}.")
+        print(f"Wrote {train_stages(arguments.config, assignments)}.")

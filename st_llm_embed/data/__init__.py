@@ -6,6 +6,7 @@ Each ``from_*`` gives ``anchor, positive, negative_1..n``, with the same choices
 """
 
 from .beir import from_beir
+from .beir_splits import write_beir_splits
 from .classes import from_class_examples, from_class_labels
 from .columns import check_contrastive_columns, check_pretext_columns
 from .consecutive import consecutive_texts
@@ -15,7 +16,7 @@ from .ms_marco import from_ms_marco, from_ms_marco_triples
 from .nli import from_nli
 from .pairs import from_columns, from_parallel_text, from_sts
 from .rows import Judged, contrastive_dataset
-from .sources import load_rows
+from .sources import load_rows, rename_columns
 from .splitting import paragraphs, sentences, windows
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "load_corpus",
     "load_rows",
     "paragraphs",
+    "rename_columns",
     "sentences",
     "windows",
+    "write_beir_splits",
 ]

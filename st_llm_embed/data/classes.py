@@ -36,7 +36,7 @@ def from_class_examples(
     column ``label`` has the class's number, by first appearance: so in-batch negatives spare the class.
 
     Args:
-        source: a table, or a JSON lines file, plain or ``.gz``.
+        source: a ``Dataset``, or what ``load_rows`` reads: a CSV, TSV, Parquet or JSON lines file, ...
         text, label: the names of the columns of texts and of labels. Labels may be numbers or text.
         negatives, seed, counts: see ``contrastive_dataset``.
 
@@ -99,7 +99,7 @@ def from_class_labels(
     no column ``label``: a class's rows share their positive, and no row takes its own positive as in-batch negative.
 
     Args:
-        source: a table, or a JSON lines file, plain or ``.gz``.
+        source: a ``Dataset``, or what ``load_rows`` reads: a CSV, TSV, Parquet or JSON lines file, ...
         text, label: the names of the columns of texts and of labels.
         label_texts: the text of each label. Default: the names of a ``ClassLabel`` column, or the labels themselves
             where they are text.

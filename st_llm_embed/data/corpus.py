@@ -51,7 +51,7 @@ def read_corpus(corpus: Dataset | Sequence[str]) -> Dataset:
     documents = corpus.with_format(None).select_columns(columns)
     documents = documents.map(
         _documents,
-        cache_file_name=_scratch(documents),
+        cache_file_name=scratch_file(documents),
         batched=True,
         with_indices=True,
         remove_columns=columns,
@@ -61,11 +61,11 @@ def read_corpus(corpus: Dataset | Sequence[str]) -> Dataset:
     return documents
 
 
-def _scratch(documents: Dataset) -> str | None:
-    """Where to write what is made of documents on disk, lest it is written beside them; None for the library's choice,
+def scratch_file(rows: Dataset) -> str | None:
+    """Where to write what is made of rows on disk, lest it is written beside them; None for the library's choice,
     which is right in its own cache and in memory."""
     cache = Path(datasets.config.HF_DATASETS_CACHE).resolve()
-    files = [Path(file["filename"]).resolve() for file in documents.cache_files]
+    files = [Path(file["filename"]).resolve() for file in rows.cache_files]
     if all(file.is_relative_to(cache) for file in files):
         return None
     return str(Path(get_temporary_cache_files_directory(), f"{uuid4().hex}.arrow"))

@@ -24,7 +24,7 @@ from datasets import Dataset, IterableDataset
 from .beir import relevant_documents
 from .rows import Judged, contrastive_dataset
 from .sources import joined
-from .text_files import read_lines, undamaged
+from .text_files import is_gz, read_lines, undamaged
 
 IDS_AT_ONCE = 100_000
 SPARE = 8  # documents read beyond the negatives asked for: some repeat a positive's text under another id
@@ -176,7 +176,7 @@ class Collection:
 
 
 def _seekable(file: Path) -> BinaryIO:
-    if file.suffix != ".gz":
+    if not is_gz(file):
         return open(file, "rb")
     unpacked = tempfile.TemporaryFile()
     with undamaged(file), gzip.open(file) as packed:

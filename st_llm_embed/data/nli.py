@@ -30,7 +30,7 @@ def from_nli(
     contradictions than ``negatives`` are dropped and counted.
 
     Args:
-        source: a table, or a JSON lines file, plain or ``.gz``.
+        source: a ``Dataset``, or what ``load_rows`` reads: a CSV, TSV, Parquet or JSON lines file, ...
         premise, hypothesis, label: the names of the columns of premises, hypotheses and labels.
         entailment, contradiction: the values of these two labels; of a ``ClassLabel`` column, their names. Rows with
             other labels (neutral, no gold label) are neither positives nor negatives.

@@ -8,7 +8,16 @@ from collections.abc import Iterator, Sequence
 from datasets import Dataset, IterableDataset
 
 from .rows import Judged, contrastive_dataset
-from .sources import Source, check_source, is_streamed, number_of, source_rows
+from .sources import (
+    Source,
+    check_source,
+    is_streamed,
+    joined,
+    number_of,
+    source_rows,
+    stripped,
+    text_or_empty,
+)
 
 
 def from_columns(
@@ -17,6 +26,7 @@ def from_columns(
     anchor: str = "anchor",
     positive: str = "positive",
     negatives: Sequence[str] = (),
+    title: str | None = None,
     drop_short: bool = False,
     streaming: bool = False,
     counts: Counter[str] | None = None,
@@ -24,10 +34,13 @@ def from_columns(
     """Each row of a table, its columns renamed.
 
     Args:
-        source: a table, or a JSON lines file, plain or ``.gz``. Streams if it is a stream. Each row stands alone: what
-            is its negative may be the positive of the same anchor in another row.
+        source: a ``Dataset``, or what ``load_rows`` reads: a CSV, TSV, Parquet or JSON lines file, ...
+            Streams if it is a stream. Each row stands alone: what is its negative may be the positive of the same
+            anchor in another row.
         anchor, positive: the names of the columns of anchors and of positives.
         negatives: the names of the columns of hard negatives.
+        title: the name of the column of the positives' titles, each of which is joined with its positive, as in BEIR's
+            corpora. Default: there is none.
         drop_short, streaming, counts: see ``contrastive_dataset``.
 
     Raises:
@@ -35,12 +48,15 @@ def from_columns(
         ValueError: for columns that are not there, or a row without one of its negatives; see also
             ``contrastive_dataset``.
     """
-    columns = {anchor: "anchor", positive: "positive"}
+    columns = {anchor: "anchor", positive: "positive"} | ({title: "title"} if title else {})
     check_source(source, columns | dict.fromkeys(negatives, "negatives"))
 
     def judged(_: Counter[str]) -> Iterator[Judged]:
         for where, row in source_rows(source, columns):
-            yield Judged(where, row[anchor], [row[positive]], [row.get(column) for column in negatives])
+            document = row[positive]
+            if title and stripped(document, where):
+                document = joined(text_or_empty(row[title], where), document)
+            yield Judged(where, row[anchor], [document], [row.get(column) for column in negatives])
 
     return contrastive_dataset(
         judged,
@@ -65,7 +81,8 @@ def from_sts(
     """The sentence pairs that people scored high, in both directions (NV-Embed, arXiv 2405.17428: 4 or more of 5).
 
     Args:
-        source: a table, or a JSON lines file, plain or ``.gz``. Streams if it is a stream.
+        source: a ``Dataset``, or what ``load_rows`` reads: a CSV, TSV, Parquet or JSON lines file, ...
+            Streams if it is a stream.
         sentence1, sentence2, score: the names of the columns of the two sentences and of their score.
         threshold: the lowest score that makes a positive pair.
         scale: the lowest and the highest score there can be.
@@ -111,7 +128,8 @@ def from_parallel_text(
     """Each sentence with its translation.
 
     Args:
-        source: a table, or a JSON lines file, plain or ``.gz``. Streams if it is a stream.
+        source: a ``Dataset``, or what ``load_rows`` reads: a CSV, TSV, Parquet or JSON lines file, ...
+            Streams if it is a stream.
         sentence1, sentence2: the names of the columns of the two languages.
         both_directions: whether the second language's sentences are anchors too.
         streaming, counts: see ``contrastive_dataset``.

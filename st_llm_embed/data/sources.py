@@ -1,6 +1,7 @@
 """What the builders read: tables of the ``datasets`` library and text files, row by row, each with its place.
 
-A table on the Hub is read by the library's own call: ``datasets.load_dataset(id, split="train", streaming=True)``.
+A path that does not exist may be the id of a data set on the Hub, of which the split train is read; for another split,
+give what ``datasets.load_dataset(id, split="...")`` returns.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from typing import Any, TypeAlias
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from .text_files import LONGEST_LINE, check_lines, opened, read_json_lines, undamaged
+from .json_arrays import as_json_lines, is_json_array
+from .text_files import LONGEST_LINE, NO_TEXT, check_lines, ending, opened, read_json_lines, undamaged
 
 Source: TypeAlias = Dataset | IterableDataset | str | Path
 Label: TypeAlias = str | int | float
-# By the end of a file's name; any other is JSON lines. A TSV file has no quotes.
+# By the end of a file's name; any other is JSON. A TSV file has no quotes.
 TABLES: dict[str, dict[str, Any]] = {
     ".csv": {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
+OF_LIBRARY = ("csv", "json", "parquet", "text", "arrow", "webdataset", "imagefolder")  # its builders: no data sets
 BY_LIBRARY = (*TABLES, ".parquet", ".txt", ".json")  # which ``load_rows`` reads for the builders, too
 
 
@@ -33,9 +36,9 @@ def load_rows(
     """The rows of a file, a folder or a data set of the Hub.
 
     A file is read by its name's end: ``.csv`` and ``.tsv`` (every value is text; a TSV file has no quotes),
-    ``.parquet``, ``.txt`` (one document, the column ``text``), and JSON lines otherwise; all but Parquet may be
-    ``.gz``. A folder is one that ``save_to_disk`` wrote, one of ``.txt`` files, each a document, or what
-    ``load_dataset`` makes of it, and so is a Hub id (its split ``train``).
+    ``.parquet``, ``.txt`` (one document, the column ``text``), and otherwise as JSON: lines, or one array of the same
+    objects; all but Parquet may be ``.gz``. A folder is one that ``save_to_disk`` wrote, one of ``.txt`` files, each a
+    document, or what ``load_dataset`` makes of it, and so is a Hub id (its split ``train``).
 
     Args:
         source: the path, or the Hub id.
@@ -49,7 +52,7 @@ def load_rows(
     path = Path(source).expanduser()
     with _naming(source):
         rows = _load_local(path, streaming) if path.exists() else _load_from_hub(str(source), streaming)
-    return _renamed(rows, columns or {}, str(source))
+    return rename_columns(rows, columns or {}, str(source))
 
 
 @contextmanager
@@ -65,20 +68,22 @@ def _load_local(path: Path, streaming: bool) -> Dataset | IterableDataset:
     if path.is_file():
         if not path.stat().st_size:
             raise ValueError(f"{path} is empty.")
-        ending = _ending(path)
-        if ending != ".parquet":
+        end = ending(path)
+        if end not in (*TABLES, ".parquet", ".txt") and is_json_array(path):
+            path = as_json_lines(path)
+        elif end != ".parquet":
             check_lines(path)
-        if ending in TABLES:
+        if end in TABLES:
             return _generated(_read_table, [path], _table_columns(path), streaming)
-        if ending == ".txt":
+        if end == ".txt":
             return _generated(_read_document, [path], ["text"], streaming)
-        kind = "parquet" if ending == ".parquet" else "json"
+        kind = "parquet" if end == ".parquet" else "json"
         return load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=streaming)
     if (path / "state.json").is_file():
         rows = Dataset.load_from_disk(str(path))
         return rows.to_iterable_dataset() if streaming else rows
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-    texts = [file for file in files if _ending(file) == ".txt"]
+    texts = [file for file in files if ending(file) == ".txt"]
     if texts and len(texts) < len(files):
         other = next(file for file in files if file not in texts)
         raise ValueError(
@@ -92,14 +97,16 @@ def _load_local(path: Path, streaming: bool) -> Dataset | IterableDataset:
 
 
 def _load_from_hub(source: str, streaming: bool) -> Dataset | IterableDataset:
-    if source.startswith((".", "~", "/")) or source.count("/") > 1 or _ending(Path(source)) in (*BY_LIBRARY, ".jsonl"):
+    owner, slash, name = source.partition("/")
+    looks_like_a_path = source.startswith((".", "~", "/")) or "/" in name or (slash and Path(owner).is_dir())
+    if looks_like_a_path or source in OF_LIBRARY or ending(source) in (*BY_LIBRARY, ".jsonl", *NO_TEXT):
         raise FileNotFoundError(f"There is no file or folder {source}.")
-    return load_dataset(source, split="train", streaming=streaming)
-
-
-def _ending(path: Path) -> str:
-    """The end of a file's name, in lower case and without ``.gz``."""
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    try:
+        return load_dataset(source, split="train", streaming=streaming)
+    except (DatasetsError, OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"There is no file or folder {source}, nor could a data set of the Hub of that name be read: {error}"
+        ) from error
 
 
 def _generated(
@@ -137,7 +144,7 @@ def _read_table(file: Path) -> Iterator[dict[str, str]]:
         if row and len(row) != len(columns):
             raise ValueError(
                 f"Line {line} of {file} has {len(row)} fields, and the first line names {len(columns)} columns: "
-                f"{row}. Put texts with a {TABLES[_ending(file)]['delimiter']!r} in them into quotes."
+                f"{row}. Put texts with a {TABLES[ending(file)]['delimiter']!r} in them into quotes."
             )
         if row:
             yield dict(zip(columns, row, strict=True))
@@ -162,7 +169,7 @@ def _fields(file: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(LONGEST_LINE)
     with undamaged(file), opened(file) as lines:
         text = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(lines))
-        reader = csv.reader(text, strict=True, **TABLES[_ending(file)])
+        reader = csv.reader(text, strict=True, **TABLES[ending(file)])
         line = 1
         try:
             for row in reader:
@@ -177,7 +184,19 @@ def _read_document(file: Path) -> Iterator[dict[str, str]]:
         yield {"text": handle.read().decode("utf-8-sig")}
 
 
-def _renamed(rows: Dataset | IterableDataset, columns: Mapping[str, str], source: str) -> Dataset | IterableDataset:
+def rename_columns(
+    rows: Dataset | IterableDataset, columns: Mapping[str, str], source: str
+) -> Dataset | IterableDataset:
+    """Rename columns, which may change their places.
+
+    Args:
+        rows: the data set.
+        columns: the columns by their new names, such as ``{"anchor": "question"}``.
+        source: what the message calls the data set.
+
+    Raises:
+        ValueError: naming the columns that are not there, and those that are.
+    """
     names = rows.column_names or list(next(iter(rows), {}))
     if missing := [name for name in columns.values() if name not in names]:
         raise ValueError(f"{source} has the columns {names}, and not {missing}. Name those that it has.")
@@ -194,7 +213,8 @@ def source_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[st
     """The rows of a table or a file, each with the words that name it.
 
     Args:
-        source: a ``Dataset``, an ``IterableDataset``, or the path of a file or folder that ``load_rows`` reads.
+        source: a ``Dataset``, an ``IterableDataset``, or what ``load_rows`` reads: the path of a file or folder, or
+            the Hub id of a data set.
         columns: the columns that each row must have, each with the option that names it.
 
     Raises:
@@ -203,7 +223,7 @@ def source_rows(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[st
     rows: Iterator[tuple[str, dict[str, Any]]]
     if isinstance(source, Dataset | IterableDataset):
         rows = ((f"Row {i}", row) for i, row in enumerate(source.with_format(None)))
-    elif (path := Path(source).expanduser()).is_file() and _ending(path) not in BY_LIBRARY:
+    elif (path := Path(source).expanduser()).is_file() and ending(path) not in BY_LIBRARY and not is_json_array(path):
         rows = read_json_lines(path)
     else:
         rows = _file_rows(source)
@@ -230,11 +250,6 @@ def check_source(source: Source, columns: Mapping[str, str]) -> None:
         FileNotFoundError: for a path that does not exist.
         ValueError: for a source without rows, or without the columns.
     """
-    if isinstance(source, str | Path) and not Path(source).expanduser().exists():
-        raise FileNotFoundError(
-            f"{source} is not a JSON lines file, nor another file or folder. For a data set of the Hub, pass "
-            f"datasets.load_dataset({str(source)!r}, split='train')."
-        )
     if next(source_rows(source, columns), None) is None:
         raise ValueError(f"The source is empty: {source}")
 

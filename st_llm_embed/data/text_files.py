@@ -17,6 +17,9 @@ from typing import Any
 LONGEST_LINE = 1 << 25  # bytes
 DENSEST = 200  # bytes of text in a byte of an archive
 UNPACKED = 1 << 30  # bytes of text up to which an archive may be denser
+# Spreadsheets and archives, by the end of the name and by the first bytes.
+NO_TEXT = (".xlsx", ".xls", ".ods", ".zip")
+NO_TEXT_BYTES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 
 
 def plain_or_gz(file: Path) -> Path:
@@ -44,7 +47,8 @@ def read_lines(file: str | Path) -> Iterator[tuple[int, str]]:
         for number in count(1):
             raw = handle.readline(LONGEST_LINE + 1)
             read += len(raw)
-            _check_expansion(file, number, len(raw), read)
+            _check_length(file, number, len(raw))
+            check_expansion(file, read)
             if not raw:
                 return
             try:
@@ -72,18 +76,48 @@ def check_lines(file: str | Path) -> None:
                 raise ValueError(f"Line {line} of {file} is not UTF-8 text: {error}.") from error
             read += len(block)
             first = block.find(b"\n")
-            _check_expansion(file, number, length + (len(block) if first < 0 else first), read)
+            _check_length(file, number, length + (len(block) if first < 0 else first))
+            check_expansion(file, read)
             number += block.count(b"\n")
             length = length + len(block) if first < 0 else len(block) - block.rfind(b"\n") - 1
 
 
+def is_gz(file: str | Path) -> bool:
+    """Whether a file's name ends in ``.gz``, in small letters or capitals."""
+    return Path(file).suffix.lower() == ".gz"
+
+
+def ending(file: str | Path) -> str:
+    """The end of a file's name, in lower case and without ``.gz``."""
+    return Path(Path(file).name.lower().removesuffix(".gz")).suffix
+
+
 def opened(file: str | Path) -> BufferedIOBase:
-    return gzip.open(file, "rb") if Path(file).suffix == ".gz" else open(file, "rb")
+    """The bytes of a text file, plain or ``.gz``.
+
+    Raises:
+        ValueError: for a spreadsheet or an archive, whatever its name, with the fix.
+    """
+    handle = gzip.open(file, "rb") if is_gz(file) else open(file, "rb")
+    try:
+        if ending(file) in NO_TEXT or handle.peek(4).startswith(NO_TEXT_BYTES):
+            raise ValueError(
+                f"{file} is a spreadsheet or a ZIP archive. What is read is JSON, CSV and TSV, each plain or .gz, and "
+                "Parquet. Fix: save the sheet as CSV (UTF-8), or unpack the archive."
+            )
+    except BaseException:
+        handle.close()
+        raise
+    return handle
 
 
-def _check_expansion(file: str | Path, number: int, length: int, read: int) -> None:
+def _check_length(file: str | Path, number: int, length: int) -> None:
     if length > LONGEST_LINE:
         raise ValueError(f"Line {number} of {file} is longer than {LONGEST_LINE:,} bytes, which no text is.")
+
+
+def check_expansion(file: str | Path, read: int) -> None:
+    """Raise ValueError for an archive of which ``read`` bytes of text are more than any text is packed."""
     if read > UNPACKED and read > DENSEST * Path(file).stat().st_size:
         raise ValueError(
             f"{file} unpacks to more than {DENSEST} times its size, which no text does, and would fill the disk."

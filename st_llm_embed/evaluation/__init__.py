@@ -5,9 +5,22 @@ try:
 except ImportError as error:
     raise ImportError("Evaluation needs mteb: pip install 'st-llm-embed[mteb]'.") from error
 
+from .compare import Compared, Difference, compare
 from .encoder import PromptedEncoder
 from .evaluate import Evaluated, evaluate
+from .evaluator import TaskEvaluator
 from .local_tasks import local_task
 from .parity import Parity, parity
 
-__all__ = ["Evaluated", "Parity", "PromptedEncoder", "evaluate", "local_task", "parity"]
+__all__ = [
+    "Compared",
+    "Difference",
+    "Evaluated",
+    "Parity",
+    "PromptedEncoder",
+    "TaskEvaluator",
+    "compare",
+    "evaluate",
+    "local_task",
+    "parity",
+]

@@ -18,7 +18,17 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from st_llm_embed.tasks import DOCUMENT, QUERY, SIMILARITY, Task, before_text, known_task, prompt_of, same_task
+from st_llm_embed.tasks import (
+    DOCUMENT,
+    OF_DOCUMENTS,
+    QUERY,
+    SIMILARITY,
+    Task,
+    before_text,
+    known_task,
+    prompt_of,
+    same_task,
+)
 
 
 class PromptedEncoder(AbsEncoder):
@@ -52,13 +62,16 @@ class PromptedEncoder(AbsEncoder):
 
         For queries and symmetric texts, the first of: the model's prompt by the task's name; for a model with
         instructions, this package's or mteb's instruction for the task; the model's ``query`` or ``similarity``
-        prompt, or its default. For documents, what ``encode_document`` gives them.
+        prompt, or its default. For documents, the model's prompt by the task's name and ``-document``, or what
+        ``encode_document`` gives them.
         """
         prompts, default = self.model.prompts, self.model.default_prompt_name
+        suffix = OF_DOCUMENTS if side == PromptType.document else ""
+        for name, prompt in prompts.items():
+            if name.endswith(suffix) and same_task(name.removesuffix(suffix), task.name):
+                return prompt or ""
         if side == PromptType.document:
             return prompt_of(DOCUMENT, prompts, default)
-        if (prompt_name := next((name for name in prompts if same_task(name, task.name)), None)) is not None:
-            return prompts[prompt_name] or ""
         general = prompt_of(QUERY if side else SIMILARITY, prompts, default)
         instructed = any(prompt.startswith("Instruct: ") for prompt in prompts.values() if prompt)
         if instructed and (instruction := _instruction(task)):

@@ -92,6 +92,8 @@ def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: 
     card = model.model_card_data
     stated = {key: value for key in ("language", "license") if (value := getattr(card, key))}
     text = head + heading + details
+    if card.model_name:
+        text = re.sub(r"^# .*$", lambda _: f"# {card.model_name}", text, count=1, flags=re.MULTILINE)
     shown = re.search(r'SentenceTransformer\("([^"]+)"', details)  # as the host wrote it
     for name in {PLACEHOLDER, *(shown.groups() if shown else ())}:
         text = text.replace(f'"{name}"', f'"{card.model_id or PLACEHOLDER}"')

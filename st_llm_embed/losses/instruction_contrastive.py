@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.sentence_transformer.losses import GlobalOrthogonalRegularizationLoss
 from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
 from torch import Tensor, nn
 
@@ -42,6 +43,9 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         mini_batch_size: how many texts to embed at a time, twice, in the memory of one such batch (GradCache, arXiv
             2101.06983), with the gradients of the plain form. None: all at once.
         gather_across_devices: whether other processes' rows count as the batch's.
+        spread_weight: the weight of the spread-out regulariser (arXiv 1708.06320, as EmbeddingGemma has it, arXiv
+            2509.20354): for each column, by how much the mean square of the cosines of this process's rows exceeds
+            that of vectors spread evenly, 1 / dim. None: without it.
 
     Inputs:
         +-------------------------------------------------+-----------------------------+
@@ -55,7 +59,7 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         which texts equal to the row's anchor or positive are left out as well.
 
     Raises:
-        ValueError: for fewer than two columns, labels that are no whole numbers, a scale or margin that is not
+        ValueError: for fewer than two columns, labels that are no whole numbers, a scale, margin or weight that is not
             positive, or when a row has no negatives: in-batch negatives are off and there is no column of them.
     """
 
@@ -67,9 +71,11 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         false_negative_margin: float | None = None,
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
+        spread_weight: float | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("scale", scale), ("false_negative_margin", false_negative_margin)):
+        positive = {"scale": scale, "false_negative_margin": false_negative_margin, "spread_weight": spread_weight}
+        for name, value in positive.items():
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} must be positive.")
         self.model = model
@@ -78,6 +84,7 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         self.false_negative_margin = false_negative_margin
         self.mini_batch_size = mini_batch_size
         self.gather_across_devices = gather_across_devices
+        self.spread_weight = spread_weight
         self.uses_gradient_cache = mini_batch_size is not None
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -117,7 +124,16 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
                 "Without in-batch negatives each row needs hard negatives of its own: the columns anchor, positive, "
                 "negative_1, ... Mine some (st-llm-embed mine), or turn in-batch negatives on."
             )
-        return F.cross_entropy(scores * self.scale, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
+        loss = F.cross_entropy(scores * self.scale, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
+        return loss if self.spread_weight is None else loss + self.spread_weight * self._crowding(embeddings, rows)
+
+    def _crowding(self, embeddings: list[Tensor], rows: RowLabels) -> Tensor:
+        """The sum over the columns of the spread-out regulariser, of the rows that have a text in it."""
+        if rows.texts is not None:
+            present = (rows.texts != NONE).unbind(dim=1)
+            embeddings = [column[those] for column, those in zip(embeddings, present, strict=True)]
+        regulariser = GlobalOrthogonalRegularizationLoss(self.model, mean_weight=None, aggregation="sum")
+        return regulariser.compute_loss_from_embeddings(embeddings)["gor_second_moment"]
 
     def _other_rows(self, anchor: Tensor, documents: Tensor, positive_score: Tensor, rows: RowLabels) -> Tensor:
         """``(batch, rows of all processes · documents)``: scores, minus infinity where a document is no negative."""
@@ -154,6 +170,7 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
             "false_negative_margin": self.false_negative_margin,
             "mini_batch_size": self.mini_batch_size,
             "gather_across_devices": self.gather_across_devices,
+            "spread_weight": self.spread_weight,
         }
 
     @property

@@ -10,7 +10,7 @@ target's set of tokens. One pass serves both, see ``joint_prompts.py``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from st_llm_embed.losses.chunked_cross_entropy import ChunkedCrossEntropy
 from st_llm_embed.losses.joint_prompts import JointPrompts, check_llm, join_prompts
+from st_llm_embed.losses.pretext_prompts import read_prompts
 from st_llm_embed.modules import LLMBackbone
-from st_llm_embed.modules.special_tokens import special_ids
 from st_llm_embed.recipes import EBAE_PROMPT, EBAR_PROMPT
 
 FORMS = ("mean", "paper", "release")
@@ -74,7 +74,7 @@ class PretextLoss(nn.Module):
         next_prompt: str = EBAR_PROMPT,
         num_tokens: int = 1,
         lm_head: nn.Linear | None = None,
-        form: str = "mean",
+        form: Literal["mean", "paper", "release"] = "mean",
     ) -> None:
         super().__init__()
         backbone = model[0]
@@ -90,14 +90,6 @@ class PretextLoss(nn.Module):
                 "lm_head=AutoModelForCausalLM.from_pretrained(base).get_output_embeddings(), or in a configuration "
                 "loss: {lm_head: base}."
             )
-        for prompt in (self_prompt, next_prompt):
-            if "{text}" not in prompt:
-                raise ValueError(f"The pretext prompt {prompt!r} must contain '{{text}}'.")
-        (self.prefix, _, self_suffix), (other_prefix, _, next_suffix) = (
-            prompt.partition("{text}") for prompt in (self_prompt, next_prompt)
-        )
-        if self.prefix != other_prefix:
-            raise ValueError(f"The pretext prompts begin differently: {self.prefix!r} and {other_prefix!r}.")
         if form not in FORMS:
             raise ValueError(f"form={form!r} is unknown. Valid forms: {', '.join(FORMS)}.")
         if form == "release" and backbone.attention != "causal":
@@ -113,19 +105,10 @@ class PretextLoss(nn.Module):
         self.tokenizer = backbone.tokenizer
         self.max_seq_length = backbone.max_seq_length
         self.causal = backbone.attention == "causal"
-        before, after = special_ids(self.tokenizer)
-        self.text_start = len(before)
-        self.end_ids = after or ([self.tokenizer.eos_token_id] if backbone.add_eos else [])
-        self.self_ids = backbone.tokenize_part(self_suffix) + self.end_ids
-        self.next_ids = backbone.tokenize_part(next_suffix) + self.end_ids
-        for prompt, ids in ((self_prompt, self.self_ids), (next_prompt, self.next_ids)):
-            if not 1 <= num_tokens <= len(ids):
-                raise ValueError(f"num_tokens={num_tokens} is outside 1..{len(ids)}, the length of {prompt!r}.")
-            if self.max_seq_length is not None and len(ids) >= self.max_seq_length:
-                raise ValueError(
-                    f"{prompt!r} takes {len(ids)} tokens, which leaves no room for text within "
-                    f"max_seq_length={self.max_seq_length}. Raise max_seq_length or shorten the prompt."
-                )
+        prompts = read_prompts(
+            self.tokenizer, bool(backbone.add_eos), self.max_seq_length, self_prompt, next_prompt, num_tokens
+        )
+        self.prefix, self.text_start, self.end_ids, self.self_ids, self.next_ids = prompts
         # In a tuple, so that the weights are not registered twice.
         self._llm = (backbone.model,)
 

@@ -1,5 +1,5 @@
 """Hard negatives by a teacher's scores. ``histogram.py`` writes what was mined; it needs the extra ``plots``."""
 
-from st_llm_embed.mining.negatives import MiningReport, load_teacher, mine_negatives
+from st_llm_embed.mining.negatives import Mined, MiningReport, load_teacher, mine_negatives
 
-__all__ = ["MiningReport", "load_teacher", "mine_negatives"]
+__all__ = ["Mined", "MiningReport", "load_teacher", "mine_negatives"]

@@ -12,12 +12,13 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
 from st_llm_embed.files import written_beside
 from st_llm_embed.modules.reference import TEXTS
@@ -61,13 +62,22 @@ class EmbeddingCache:
         folder: the folder of the shards, made if it is not there.
         batch_size: the number of texts encoded at once.
         shard_size: the number of vectors in a file.
+        show_progress_bar: whether to show how many texts have their vectors, those that had them already among them.
     """
 
-    def __init__(self, model: SentenceTransformer, folder: str | Path, batch_size: int, shard_size: int) -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        folder: str | Path,
+        batch_size: int,
+        shard_size: int,
+        show_progress_bar: bool,
+    ) -> None:
         self.model = model
         self.folder = Path(folder)
         self.batch_size = batch_size
         self.shard_size = shard_size
+        self.show_progress_bar = show_progress_bar
         self._model_hash = hashlib.sha256(f"{model.max_seq_length} {model.truncate_dim}".encode())
         for name, tensor in model.state_dict().items():
             self._model_hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -75,7 +85,7 @@ class EmbeddingCache:
 
     def queries(self, texts: Dataset, rows: np.ndarray, prompt: str | None) -> EmbeddingShards:
         """The vectors, of length 1, that ``encode_query`` gives the ``text`` of these rows."""
-        return self._encode(self.model.encode_query, texts, rows, prompt)
+        return self._encode(self.model.encode_query, texts, rows, prompt, "queries")
 
     def documents(self, texts: Dataset, rows: np.ndarray, prompt: str | None) -> EmbeddingShards:
         """The vectors, of length 1, that ``encode_document`` gives the ``text`` of these rows.
@@ -83,10 +93,10 @@ class EmbeddingCache:
         Raises:
             ValueError: if one is not finite.
         """
-        return self._encode(self.model.encode_document, texts, rows, prompt)
+        return self._encode(self.model.encode_document, texts, rows, prompt, "documents")
 
     def _encode(
-        self, encode: Callable[..., np.ndarray], texts: Dataset, rows: np.ndarray, prompt: str | None
+        self, encode: Callable[..., np.ndarray], texts: Dataset, rows: np.ndarray, prompt: str | None, what: str
     ) -> EmbeddingShards:
         def embed(batch: list[str]) -> np.ndarray:
             settings = {"batch_size": self.batch_size, "show_progress_bar": False, "normalize_embeddings": True}
@@ -98,24 +108,36 @@ class EmbeddingCache:
         reference = embed(list(TEXTS))
         key.update(np.rint(100 * reference).astype(np.int8))
         files = []
-        for start in trange(0, len(rows), self.shard_size, desc=encode.__name__, unit="shard", disable=None):
-            batch = list(texts[rows[start : start + self.shard_size]]["text"])
-            name = key.copy()
-            for text in batch:
-                name.update(hashlib.sha256(text.encode()).digest())
-            file = self.folder / f"{name.hexdigest()}.npy"
-            if not _is_whole(file, (len(batch), reference.shape[1])):
-                vectors = embed(batch)
-                if not np.isfinite(vectors).all():
-                    text = batch[int(np.isfinite(vectors).all(axis=1).argmin())]
-                    raise ValueError(
-                        f"The model gives NaN or infinity for {text[:80]!r}. Load it in another precision: "
-                        "SentenceTransformer(..., model_kwargs={'dtype': 'float32'})."
-                    )
-                with written_beside(file) as staged:
-                    np.save(staged, vectors)
-            files.append(file)
+        bar = tqdm(total=len(rows), desc=f"Encoding {what}", unit="text", disable=not self.show_progress_bar)
+
+        def count(module: torch.nn.Module, inputs: tuple[Any, ...], features: dict[str, torch.Tensor]) -> None:
+            bar.update(len(features["sentence_embedding"]))
+
+        # By batches, as a shard may take an hour.
+        with bar, self.model[-1].register_forward_hook(count):
+            for start in range(0, len(rows), self.shard_size):
+                batch = list(texts[rows[start : start + self.shard_size]]["text"])
+                name = key.copy()
+                for text in batch:
+                    name.update(hashlib.sha256(text.encode()).digest())
+                file = self.folder / f"{name.hexdigest()}.npy"
+                if _is_whole(file, (len(batch), reference.shape[1])):
+                    bar.update(len(batch))
+                else:
+                    _write(embed(batch), batch, file)
+                files.append(file)
         return EmbeddingShards(files, self.shard_size, len(rows), reference.shape[1])
+
+
+def _write(vectors: np.ndarray, texts: list[str], file: Path) -> None:
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"The model gives NaN or infinity for {texts[int(finite.argmin())][:80]!r}. Load it in another precision: "
+            "SentenceTransformer(..., model_kwargs={'dtype': 'float32'})."
+        )
+    with written_beside(file) as staged:
+        np.save(staged, vectors)
 
 
 def _is_whole(file: Path, shape: tuple[int, int]) -> bool:

@@ -1,4 +1,4 @@
-"""What mining leaves for people to read: the rows, what each rule dropped, and a picture of the scores."""
+"""What mining leaves for people to read: the rows, what each rule dropped, why rows are missing, and a picture."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from matplotlib.figure import Figure
 
 from st_llm_embed.files import written_beside
-from st_llm_embed.mining.negatives import BINS, MiningReport
+from st_llm_embed.mining.negatives import BINS, Mined, MiningReport
 
 
-def write_mined(rows: Dataset, report: MiningReport, folder: str | Path, settings: Mapping[str, Any]) -> Path:
-    """Write ``train.jsonl``, ``report.json`` and ``histogram.png``.
+def write_mined(mined: Mined, folder: str | Path, settings: Mapping[str, Any]) -> Path:
+    """Write ``train.jsonl``, ``report.json`` and ``histogram.png``; and, where rows were dropped, ``dropped.jsonl``.
 
     Args:
-        rows: the mined rows, from ``mine_negatives``.
-        report: the report of the mining, from ``mine_negatives``.
+        mined: what ``mine_negatives`` found.
         folder: the folder to write; must not exist, or be empty.
         settings: the arguments of the mining, to be kept in ``report.json``.
 
@@ -34,9 +32,11 @@ def write_mined(rows: Dataset, report: MiningReport, folder: str | Path, setting
     folder = Path(folder).resolve()
     with written_beside(folder) as staged:
         staged.mkdir()
-        rows.to_json(staged / "train.jsonl")
-        draw_histogram(report, staged / "histogram.png")
-        text = json.dumps({"settings": dict(settings), **asdict(report)}, indent=2)
+        mined.rows.to_json(staged / "train.jsonl")
+        if len(mined.dropped):
+            mined.dropped.to_json(staged / "dropped.jsonl")
+        draw_histogram(mined.report, staged / "histogram.png")
+        text = json.dumps({"settings": dict(settings), **asdict(mined.report)}, indent=2)
         (staged / "report.json").write_text(text + "\n", encoding="utf-8")
     return folder / "train.jsonl"
 

@@ -3,8 +3,8 @@
 TopK-PercPos of NV-Retriever (arXiv 2407.15831), on which NV-Embed-v2 trains: of the documents that score below 95 % of
 the positive's score, take the top ones. Also an absolute margin, and top-k inside a window of ranks.
 
-In: ``anchor, positive``. Out: ``anchor, positive, negative_1..n``, and a report of what each rule dropped. Spellings
-of one text (``normal_form``) are one, and so are a document with its title and without.
+In: ``anchor, positive``. Out: ``anchor, positive, negative_1..n``, a report of what each rule dropped, and why rows
+are missing. Spellings of one text (``normal_form``) are one, and so are a document with its title and without.
 
 sentence-transformers' ``mine_hard_negatives``, whose rules and argument names these are, does not serve here. It holds
 all texts and vectors in memory; it writes its cache only when everything is encoded, and names it by the *base* model,
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,17 +27,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset, Features, Value, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model import BaseModel
+from transformers import CONFIG_MAPPING
 
 from st_llm_embed.data.columns import check_contrastive_columns
-from st_llm_embed.data.corpus import read_corpus
+from st_llm_embed.data.corpus import read_corpus, scratch_file
 from st_llm_embed.data.normal_form import normal_form
 from st_llm_embed.files import read_json
 from st_llm_embed.mining.embedding_cache import SHARD_SIZE, EmbeddingCache
+from st_llm_embed.mining.reasons import most_frequent, reasons_of
 from st_llm_embed.mining.search import cosines_of, exact_search, faiss_search, find_nearest
-from st_llm_embed.trust import fetch, load_trusted
+from st_llm_embed.trust import check_no_code, fetch, load_trusted
 
 BINS = np.linspace(-1, 1, 101)  # of the report's histograms
 
@@ -68,6 +72,23 @@ class MiningReport:
     histograms: dict[str, list[int]]
 
 
+class Mined(NamedTuple):
+    """What ``mine_negatives`` found.
+
+    Args:
+        rows: the rows that are left, in their order, as ``anchor``, ``positive``, ``negative_1..n`` with the hardest
+            first.
+        report: what was mined from what, in numbers.
+        dropped: the other rows, in their order, as ``anchor``, ``positive`` and ``reason``, such as "2 of 7 negatives:
+            of 100 candidates, 93 too close to the positive or above it (relative_margin=0.05), 5 skipped
+            (range_min=5)"; one that both margins drop counts for the relative one.
+    """
+
+    rows: Dataset
+    report: MiningReport
+    dropped: Dataset
+
+
 def mine_negatives(
     dataset: Dataset,
     teacher: SentenceTransformer,
@@ -84,7 +105,8 @@ def mine_negatives(
     shard_size: int = SHARD_SIZE,
     use_faiss: bool = False,
     cache_folder: str | Path | None = None,
-) -> tuple[Dataset, MiningReport]:
+    show_progress_bar: bool | None = None,
+) -> Mined:
     """Give each row of ``dataset`` the negatives that ``teacher`` finds hardest.
 
     An anchor's candidates are the ``range_max`` documents of the highest cosine, but for its own text and for the
@@ -111,20 +133,24 @@ def mine_negatives(
         use_faiss: whether to search with FAISS, on the CPU, instead of with torch on the teacher's device. Both are
             exact.
         cache_folder: the folder in which the vectors stay for later runs. Default: they are deleted.
+        show_progress_bar: whether to show how many texts have their vectors, and how many shards are searched.
+            Default: as in ``encode``, if the level of sentence-transformers' logger is INFO or DEBUG.
 
     Returns:
-        The rows that are left, in their order, as ``anchor``, ``positive``, ``negative_1..n`` with the hardest first;
-        and the report.
+        The rows that are left, the report, and the rows that were dropped, each with the reason.
 
     Raises:
         ValueError: for another kind of teacher, misnamed columns, empty texts, numbers out of range, vectors that are
             not finite, and if no row is left.
         ImportError: if FAISS is asked for and not installed.
     """
-    _check_numbers(num_negatives, relative_margin, absolute_margin, range_min, range_max, shard_size)
+    check_numbers(num_negatives, relative_margin, absolute_margin, range_min, range_max, shard_size)
     if use_faiss and importlib.util.find_spec("faiss") is None:
         raise ImportError("use_faiss=True needs FAISS. Fix: pip install faiss-cpu.")
     _check_teacher(teacher)
+    if show_progress_bar is None:
+        level = logging.getLogger(SentenceTransformer.__module__).getEffectiveLevel()
+        show_progress_bar = level in (logging.INFO, logging.DEBUG)
     columns = [name for name in ("anchor", "positive") if name in dataset.column_names]
     dataset = dataset.with_format(None).select_columns(columns if len(columns) == 2 else dataset.column_names)
     check_contrastive_columns(dataset, "dataset")
@@ -135,11 +161,12 @@ def mine_negatives(
     query, positive = numbers.query, numbers.positive
 
     with nullcontext(cache_folder) if cache_folder else tempfile.TemporaryDirectory() as folder:
-        cache = EmbeddingCache(teacher, folder, batch_size, shard_size)
+        cache = EmbeddingCache(teacher, folder, batch_size, shard_size, show_progress_bar)
         queries = cache.queries(anchors, numbers.query_rows, query_prompt)
         documents = cache.documents(texts, numbers.document_rows, corpus_prompt)
         search = faiss_search if use_faiss else partial(exact_search, device=teacher.device)
-        scores, nearest = find_nearest(queries, documents, numbers.excluded, min(range_max, len(documents)), search)
+        k = min(range_max, len(documents))
+        scores, nearest = find_nearest(queries, documents, numbers.excluded, k, search, show_progress_bar)
         positive_scores = cosines_of(queries, documents, query, positive)
 
     candidate = np.isfinite(scores)  # (queries, k), best first
@@ -147,25 +174,37 @@ def mine_negatives(
     chosen, dropped = _choose(candidate, scores, limits, range_min, num_negatives)
 
     enough = chosen.sum(axis=1) > 0
-    kept = np.flatnonzero(enough[query])
+    kept, left_out = np.flatnonzero(enough[query]), np.flatnonzero(~enough[query])
+    settings = {"relative_margin": relative_margin, "absolute_margin": absolute_margin, "range_min": range_min}
+    of = query[left_out]
+    by_rule = {rule: counts[of] for rule, counts in dropped.items()}
+    reasons, reason = reasons_of(candidate.sum(axis=1)[of], by_rule, settings, num_negatives)
+    totals = {rule: int(counts.sum()) for rule, counts in dropped.items()}
     if len(kept) == 0:
         raise ValueError(
             f"No row has num_negatives={num_negatives} negatives. {len(queries)} anchors had {candidate.sum()} "
-            f"candidates among {len(documents)} documents; dropped were, by rule: {dropped}. Fix: a larger corpus, a "
-            f"larger range_max ({range_max}), fewer negatives, or less of the rule that dropped most."
+            f"candidates among {len(documents)} documents; dropped were, by rule: {totals}. The reasons, by rows: "
+            f"{most_frequent(reasons, reason)}. Fix: a larger corpus, a larger range_max ({range_max}), fewer "
+            "negatives, or less of the rule that dropped most."
         )
     place = (enough.cumsum() - 1)[query[kept]]  # (kept rows,): each one's anchor among those with enough
     negatives = nearest[chosen].reshape(-1, num_negatives)[place]  # (kept rows, n)
     columns = [
-        texts.select(numbers.document_rows[negatives[:, i]]).rename_column("text", f"negative_{i + 1}")
+        _taken(texts, numbers.document_rows[negatives[:, i]]).rename_column("text", f"negative_{i + 1}")
         for i in range(num_negatives)
     ]
     cosines = {"positive": positive_scores, "negative": scores[chosen].reshape(-1, num_negatives)[place]}
-    report = _report(len(dataset), len(kept), len(documents), candidate, dropped, cosines)
-    return concatenate_datasets([dataset.select(kept), *columns], axis=1), report
+    report = _report(len(dataset), len(kept), len(documents), candidate, totals, cosines)
+    if len(left_out):
+        words = pa.array(reasons, pa.string()).take(pa.array(reason))
+        without_enough = _taken(dataset, left_out).add_column("reason", words)
+    else:  # NOTE: datasets 5 cannot put a column beside no rows of a table that is one of several joined.
+        text = Features({name: Value("string") for name in ("anchor", "positive", "reason")})
+        without_enough = Dataset.from_dict({name: [] for name in text}, features=text)
+    return Mined(concatenate_datasets([_taken(dataset, kept), *columns], axis=1), report, without_enough)
 
 
-def _check_numbers(
+def check_numbers(
     num_negatives: int,
     relative_margin: float | None,
     absolute_margin: float | None,
@@ -173,6 +212,11 @@ def _check_numbers(
     range_max: int,
     shard_size: int,
 ) -> None:
+    """Check the numbers of ``mine_negatives``.
+
+    Raises:
+        ValueError: naming the number and its range.
+    """
     if num_negatives < 1 or shard_size < 1:
         raise ValueError(f"num_negatives={num_negatives} and shard_size={shard_size} must be at least 1.")
     if range_min < 0 or range_max - range_min < num_negatives:
@@ -193,7 +237,20 @@ def load_teacher(source: str, trust_remote_code: bool = False) -> SentenceTransf
         ValueError: if it runs code that is not known, or is another kind of model, which sentence-transformers would
             give an untrained pooling.
     """
+    return load_trusted(find_teacher(source, trust_remote_code), trust_remote_code)
+
+
+def find_teacher(source: str, trust_remote_code: bool = False) -> Path:
+    """The folder of a teacher, which is not loaded yet.
+
+    Raises:
+        ValueError: if it is no model, or another kind of one.
+        OSError: if it is neither here nor on the Hub.
+    """
     root = fetch(source)
+    if not any((root / name).is_file() for name in ("modules.json", "config.json")):
+        raise ValueError(f"The teacher {source!r} is no model: it has neither a modules.json nor a config.json.")
+    check_no_code(root, trust_remote_code)
 
     def saved(name: str) -> dict:
         return read_json(root / name) if (root / name).is_file() else {}
@@ -202,9 +259,12 @@ def load_teacher(source: str, trust_remote_code: bool = False) -> SentenceTransf
     heads = [] if saved("modules.json") else saved("config.json").get("architectures") or []
     if any(str(head).endswith("ForSequenceClassification") for head in heads):
         kind = "CrossEncoder"
+    known = saved("config.json").get("model_type") in CONFIG_MAPPING  # of another the loaders say what is amiss
+    if known and any(str(head).endswith("ForCausalLM") for head in heads):
+        kind = "causal LLM"
     if kind != "SentenceTransformer":
         raise _no_teacher(kind)
-    return load_trusted(root, trust_remote_code)
+    return root
 
 
 def _check_teacher(teacher: SentenceTransformer) -> None:
@@ -229,6 +289,11 @@ def _searched_texts(dataset: Dataset, corpus: Dataset | Sequence[str] | None) ->
     if positives.features != documents.features:  # large_string and string
         positives = positives.cast(documents.features)
     return concatenate_datasets([documents, positives])
+
+
+def _taken(texts: Dataset, rows: np.ndarray) -> Dataset:
+    """These rows, as a table of their own: on disk, if they were there."""
+    return texts.select(rows).flatten_indices(cache_file_name=scratch_file(texts))
 
 
 class _Numbers(NamedTuple):
@@ -302,8 +367,9 @@ def _limits(
 
 def _choose(
     candidate: np.ndarray, scores: np.ndarray, limits: dict[str, np.ndarray], range_min: int, num_negatives: int
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Which candidates become negatives: all ``num_negatives`` of an anchor, or none; and how many each rule dropped.
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Which candidates become negatives: all ``num_negatives`` of an anchor, or none; and ``(queries,)`` by rule, how
+    many each dropped.
 
     Args:
         candidate: ``(queries, k)``, which documents are candidates, best first.
@@ -315,10 +381,10 @@ def _choose(
     left, dropped = candidate, {}
     for rule, limit in limits.items():
         allowed = left & (scores <= limit[:, None])
-        dropped[rule] = int(left.sum() - allowed.sum())
+        dropped[rule] = (left & ~allowed).sum(axis=1)
         left = allowed
     rank = left.cumsum(axis=1, dtype=np.int32)  # from 1
-    dropped["range_min"] = int((left & (rank <= range_min)).sum())
+    dropped["range_min"] = (left & (rank <= range_min)).sum(axis=1)
     chosen = left & (rank > range_min) & (rank <= range_min + num_negatives)
     return chosen & (chosen.sum(axis=1, keepdims=True) == num_negatives), dropped
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from st_llm_embed.mining.embedding_cache import EmbeddingShards
 
@@ -24,15 +25,17 @@ def find_nearest(
     excluded: tuple[np.ndarray, np.ndarray],
     k: int,
     search: Callable[[np.ndarray], Search],
+    show_progress_bar: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ``k`` documents of the highest cosine for each query, best first: scores and rows, both ``(queries, k)``.
 
     Left out are the pairs ``excluded`` of queries and documents, sorted by query. Where fewer than ``k`` documents are
-    left, scores end in -inf.
+    left, scores end in -inf. ``show_progress_bar``: whether to show how many shards are searched.
     """
     scores = np.full((len(queries), k), -np.inf, np.float32)
     nearest = np.zeros((len(queries), k), np.int64)
-    for first, shard in documents.shards():
+    shards = tqdm(documents.shards(), "Searching", len(documents.files), unit="shard", disable=not show_progress_bar)
+    for first, shard in shards:
         search_shard = search(shard)
         for start in range(0, len(queries), BLOCK):
             block = slice(start, min(start + BLOCK, len(queries)))

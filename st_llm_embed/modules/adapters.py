@@ -157,7 +157,8 @@ def save_lost_base(model: PreTrainedModel, folder: Path) -> None:
     base = config["base_model_name_or_path"]
     if base and base != OWN_BASE and (Path(base).is_dir() or not Path(base).is_absolute()):
         return
-    logger.warning(f"The adapter's base cannot be found at {base!r}, so it is saved too, in {folder / OWN_BASE}.")
+    where = f"cannot be found at {base!r}" if base else "is saved nowhere else"
+    logger.warning(f"The adapter's base {where}, so it is saved too, in {folder / OWN_BASE}.")
     with torch.device("meta"):  # the weights are assigned below
         plain = type(model)(model.config)
     wrappers = r"\.(base_layer|original_module|token_adapter)(?=\.)"

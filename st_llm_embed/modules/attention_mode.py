@@ -11,7 +11,7 @@ Neither is assumed: a probe shows it (``attention_probe.py``).
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -24,6 +24,20 @@ from .sliding_windows import open_windows
 ATTENTION_MODES = ("bidirectional", "causal")
 WINDOW_MODES = ("full", "keep")
 ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+
+
+def check_decoder(config: PretrainedConfig) -> None:
+    """Check that a model is a decoder-only LLM, as far as its configuration says.
+
+    Raises:
+        ValueError: for an encoder, or an encoder-decoder.
+    """
+    if config.is_encoder_decoder or config.model_type in ENCODERS:
+        kind = "encoder-decoder model" if config.is_encoder_decoder else "encoder"
+        raise ValueError(
+            f"{config.model_type!r} is an {kind}, whose tokens need no leave to attend to both sides; LLMBackbone "
+            "takes decoder-only LLMs. Load it with sentence_transformers' own Transformer module."
+        )
 
 
 def set_attention_mode(model: PreTrainedModel, attention: str, window: str = "full", probe: bool = True) -> None:
@@ -48,12 +62,7 @@ def set_attention_mode(model: PreTrainedModel, attention: str, window: str = "fu
         raise ValueError(f"attention={attention!r} is unknown. Valid modes: {', '.join(ATTENTION_MODES)}.")
     if window not in WINDOW_MODES:
         raise ValueError(f"window={window!r} is unknown. Valid values: {', '.join(WINDOW_MODES)}.")
-    if config.is_encoder_decoder or config.model_type in ENCODERS:
-        kind = "encoder-decoder model" if config.is_encoder_decoder else "encoder"
-        raise ValueError(
-            f"{config.model_type!r} is an {kind}, whose tokens need no leave to attend to both sides; LLMBackbone "
-            "takes decoder-only LLMs. Load it with sentence_transformers' own Transformer module."
-        )
+    check_decoder(config)
     implementation = config._attn_implementation
     flash = "flash" in implementation
     if window == "full":

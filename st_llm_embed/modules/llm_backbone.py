@@ -22,7 +22,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -94,10 +94,10 @@ class LLMBackbone(AdapterTransformer):
         self,
         model_name_or_path: str,
         *,
-        attention: str = "bidirectional",
-        window: str | None = None,
-        add_eos: bool | str = True,
-        instruction_mask: str = "exact",
+        attention: Literal["bidirectional", "causal"] = "bidirectional",
+        window: Literal["full", "keep"] | None = None,
+        add_eos: bool | Literal["nv-embed"] = True,
+        instruction_mask: Literal["exact", "nv-embed"] = "exact",
         probe: bool = True,
         num_layers: int | None = None,
         **kwargs: Any,

@@ -1,41 +1,133 @@
-"""What a configuration says, checked before anything acts on it: known names, right kinds, numbers that are numbers.
+"""A configuration as it was given: the values of a YAML file and of the command line, and where each of them stands.
 
-YAML 1.1, which PyYAML reads, takes ``2e-5`` for text, and the last of two equal keys. Here a number is one wherever a
-number is expected, and a key that comes twice is an error.
+PyYAML reads YAML 1.1, which takes ``2e-5`` for text, ``no`` for false and the last of two equal keys. Here words and
+numbers are those of YAML 1.2, and a key that comes twice is an error.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import re
-import types
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from dataclasses import is_dataclass
-from difflib import get_close_matches
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
+from datasets.exceptions import DatasetsError
+
+from st_llm_embed.training.schema import Faults, Place
 
 MOST_PARTS = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers as YAML 1.2 has them, and each key once."""
+    """Numbers, true and false as YAML 1.2 has them, where "no" is a word and 1:30 none of 90; and each key once."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for place, (key, (key_node, _)) in enumerate(zip(keys, node.value, strict=True)):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for place, key in enumerate(keys):
             if key in keys[:place]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is there twice", node.value[place][0].start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+for tag, pattern, first in (
+    ("int", r"[-+]?(0|[1-9]\d*)$", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$",
+        "-+.0123456789",
+    ),
+    ("bool", r"(true|True|TRUE|false|False|FALSE)$", "tTfF"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), list(first))
+
+
+class ConfigurationError(ValueError):
+    """What is wrong with a configuration, each fault with its line and its path."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A configuration as it was given.
+
+    Args:
+        values: the values of the file, with those of the command line in their place.
+        file: the YAML file; None for a configuration of Python.
+        node: the file's content with its lines.
+        assigned: the paths that the command line set.
+    """
+
+    values: Any
+    file: Path | None = None
+    node: yaml.Node | None = field(default=None, repr=False)
+    assigned: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, config: str | Path | Mapping[str, Any], assignments: Mapping[str, Any]) -> Given:
+        """Read a configuration, and put values of the command line in the place of the file's.
+
+        Raises:
+            ValueError: for a file that is no YAML, and a path that is not there.
+        """
+        if isinstance(config, str | Path):
+            values, node = _read(Path(config))
+            return cls(override(values, assignments), Path(config), node, tuple(assignments))
+        return cls(override(config, assignments), assigned=tuple(assignments))
+
+    @property
+    def folder(self) -> Path:
+        """What paths are relative to."""
+        return self.file.parent if self.file else Path()
+
+    def where(self, place: Place) -> str:
+        """The line of a place, and its path as ``override`` takes it."""
+        names: list[str] = []
+        values, node, line = self.values, self.node, None
+        for step in place:
+            if isinstance(values, list) and isinstance(step, int):
+                values = values[step] if step < len(values) else None
+                name = values.get("name") if isinstance(values, Mapping) else None
+                names.append(name if name and isinstance(name, str) else str(step + 1))
+            else:
+                values = values.get(step) if isinstance(values, Mapping) else None
+                names.append(str(step))
+            if isinstance(node, yaml.MappingNode):
+                pairs = [(key, value) for key, value in node.value if key.value == str(step)]
+                line, node = (pairs[-1][0].start_mark.line + 1, pairs[-1][1]) if pairs else (line, None)
+            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+                node = node.value[step]
+                line = node.start_mark.line + 1
+        path = ".".join(names)
+        if any(path == own or path.startswith(f"{own}.") for own in self.assigned):
+            return f"--set {path}"
+        return ", ".join([*([f"line {line}"] if line else []), path or "the configuration"])
+
+    @contextmanager
+    def naming(self, *place: str | int) -> Iterator[None]:
+        """Errors that say which part of the configuration they are about."""
+        try:
+            yield
+        except ConfigurationError:
+            raise
+        except Faults as error:
+            raise self._error([f"{self.where((*place, *inner))}: {text}" for inner, text in error.faults]) from error
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError, DatasetsError) as error:
+            raise self._error([f"{self.where(place)}: {error}"]) from error
+
+    def _error(self, faults: list[str]) -> ConfigurationError:
+        file = f"{self.file}, " if self.file and len(faults) == 1 else f"{self.file}:\n" if self.file else ""
+        return ConfigurationError(file + "\n".join(faults))
 
 
 def read_yaml(file: Path) -> Any:
@@ -44,11 +136,19 @@ def read_yaml(file: Path) -> Any:
     Raises:
         ValueError: naming the line that is not YAML, or whose key is there twice.
     """
+    return _read(file)[0]
+
+
+def _read(file: Path) -> tuple[Any, yaml.Node | None]:
+    """The content of a YAML file, and the nodes that know its lines."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder. Name a YAML file, such as {file / 'config.yaml'}.")
     try:
         text = file.read_text(encoding="utf-8-sig")
-        if (parts := _expanded(yaml.compose(text, _Loader), {})) > MOST_PARTS:
+        node = yaml.compose(text, _Loader)
+        if (parts := _expanded(node, {})) > MOST_PARTS:
             raise ValueError(f"{file} has {parts:.0e} keys and values once its anchors are followed, which none has.")
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader), node
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from error
 
@@ -62,10 +162,17 @@ def read_assignments(texts: Iterable[str]) -> dict[str, Any]:
     values = {}
     for text in texts:
         name, equals, value = text.partition("=")
+        if name in values:
+            raise ValueError(f"{name!r} is set twice. Set it once.")
         try:
-            values[name] = yaml.load(value, _Loader)
+            read = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
-            raise ValueError(f"{text!r} has a value that is not YAML: {' '.join(str(error).split())}") from error
+            raise ValueError(
+                f"{text!r} has a value that is not YAML: {' '.join(str(error).split())}. Put text that begins with a "
+                f"brace into quotes of its own: '{name}=\"...\"'."
+            ) from error
+        # A mapping without braces is a prompt that ends in a colon.
+        values[name] = value if isinstance(read, Mapping) and not value.startswith("{") else read
         if not (name and equals):
             raise ValueError(f"{text!r} sets nothing. Write NAME=VALUE, such as max_seq_length=256.")
     return values
@@ -84,39 +191,44 @@ def override(configuration: Any, values: Mapping[str, Any]) -> Any:
     """
     changed = copy.deepcopy(configuration)
     for path, value in values.items():
-        *parents, last = path.split(".")
-        place = changed
-        for name in parents:
-            place = _part(place, name, path)
-        if isinstance(place, list):
-            place[_index(place, last, path)] = value
-        elif isinstance(place, dict):
-            place[last] = value
-        else:
-            raise ValueError(f"{path!r} cannot be set: {'.'.join(parents)} is {place!r}.")
+        place, step, left = changed, None, path
+        while left:
+            if step is not None:
+                place = place[step]
+            step, left = _step(place, left, path)
+        place[step] = value
     return changed
 
 
-def _part(place: Any, name: str, path: str) -> Any:
-    if isinstance(place, list):
-        return place[_index(place, name, path)]
-    parts = {str(key): part for key, part in place.items()} if isinstance(place, dict) else {}
-    if name not in parts:
-        listed = f"There are: {', '.join(parts)}." if parts else f"There is {place!r}."
-        raise ValueError(f"{path!r} cannot be set: there is no {name!r}. {listed}")
-    return parts[name]
+def _step(place: Any, left: str, path: str) -> tuple[Any, str]:
+    """The key that a path goes on with, and what is left of it; names may have dots in them.
 
-
-def _index(parts: list[Any], name: str, path: str) -> int:
-    """The place of the part that has this name, or this number from 1."""
-    names = [str(part["name"]) for part in parts if isinstance(part, dict) and "name" in part]
-    if names.count(name) == 1:
-        return next(i for i, part in enumerate(parts) if isinstance(part, dict) and str(part.get("name")) == name)
-    if name.isdecimal() and 1 <= int(name) <= len(parts) and name not in names:
-        return int(name) - 1
-    raise ValueError(
-        f"{path!r} cannot be set: there is no {name!r}. There are: {', '.join(names) or f'1 to {len(parts)}'}."
-    )
+    Raises:
+        ValueError: for a path that does not lead on.
+    """
+    parts = left.split(".")
+    starts = [(".".join(parts[:count]), ".".join(parts[count:])) for count in range(len(parts), 0, -1)]
+    if isinstance(place, dict):
+        keys = {str(key): key for key in place}
+        for name, rest in starts:
+            if name in keys:
+                if rest and place[keys[name]] is None:
+                    place[keys[name]] = {}
+                return keys[name], rest
+        if len(parts) > 1:
+            place[parts[0]] = {}  # as yet unsaid; a name that is unknown is refused where the whole is checked
+        return parts[0], ".".join(parts[1:])
+    if not isinstance(place, list):
+        raise ValueError(f"{path!r} cannot be set: {path.removesuffix(f'.{left}')} is {place!r}.")
+    names = [str(part["name"]) if isinstance(part, dict) and "name" in part else None for part in place]
+    for name, rest in starts:
+        if names.count(name) == 1:
+            return names.index(name), rest
+    name, rest = starts[-1]
+    if name.isdecimal() and 1 <= int(name) <= len(place) and name not in names:
+        return int(name) - 1, rest
+    listed = ", ".join(filter(None, names)) or f"1 to {len(place)}"
+    raise ValueError(f"{path!r} cannot be set: there is no {name!r}. There are: {listed}.")
 
 
 def _expanded(node: yaml.Node | None, counts: dict[int, float]) -> float:
@@ -127,99 +239,3 @@ def _expanded(node: yaml.Node | None, counts: dict[int, float]) -> float:
         inner = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
         counts[id(node)] = 1.0 + sum(_expanded(part, counts) for part in inner)
     return counts[id(node)]
-
-
-def declared(*functions: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments of functions or classes that can be given by name, and the types that they are declared with; the
-    first that has a name declares it."""
-    kinds: dict[str, Any] = {}
-    for function in functions:
-        owner = function.__init__ if inspect.isclass(function) and not is_dataclass(function) else function
-        try:
-            hints = get_type_hints(owner)
-        except NameError:  # of a type that its file imports for type checkers only
-            hints = {}
-        for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                kinds.setdefault(name, hints.get(name, Any))
-    return kinds
-
-
-def required(function: Callable[..., Any]) -> list[str]:
-    """The arguments of a function that have no default."""
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-
-
-def checked(
-    what: str, given: Any, kinds: Mapping[str, Any], needed: Collection[str] = (), *, open_ended: bool = False
-) -> dict[str, Any]:
-    """``given``, with numbers in place of their text.
-
-    Args:
-        what: the part of the configuration that is checked, for the message.
-        given: the names and values of that part.
-        kinds: the type of each name that it may have.
-        needed: the names that it must have.
-        open_ended: whether other names are handed on.
-
-    Raises:
-        ValueError: if ``given`` is no mapping, lacks a name, has a name that is unknown (the message has the nearest
-            that is known), or a value of another type.
-    """
-    few = len(kinds) <= 12
-    takes = ", ".join(f"{name} ({_described(kind)})" if few else name for name, kind in kinds.items())
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{what} is {given!r}, no mapping. It takes {takes}.")
-    if missing := [name for name in needed if name not in given]:
-        raise ValueError(f"{what} lacks {', '.join(missing)}. It takes {takes}.")
-    values = {}
-    for name, value in given.items():
-        if name in kinds:
-            try:
-                values[name] = _fitting(value, kinds[name])
-            except ValueError as error:
-                kind = _described(kinds[name])
-                raise ValueError(f"{what} has {name}={value!r}. It must be of the type {kind}.") from error
-        elif open_ended and isinstance(name, str):
-            values[name] = value
-        else:
-            near = [f"Did you mean {nearest!r}?" for nearest in get_close_matches(str(name), kinds, n=1)]
-            listed = [f"It takes {takes}."] if few or not near else []
-            raise ValueError(" ".join([f"{what} has the unknown key {name!r}.", *near, *listed]))
-    return values
-
-
-def _fitting(value: Any, kind: Any) -> Any:
-    """``value``, or the number that it says, if it is of the type ``kind``. What cannot be told is let through."""
-    members = [member for part in _members(kind) for member in _members(part)]
-    if any(_is_a(value, member) for member in members):
-        return value
-    if isinstance(value, str | float) and (int in members or float in members):
-        number = float(value)  # of text that is none, a ValueError
-        if int in members and number.is_integer():
-            return int(number)
-        if float in members:
-            return number
-    raise ValueError(value)
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    kind = type(None) if kind is None else get_origin(kind) or kind
-    if kind is Any or not isinstance(kind, type):  # a Literal, a name that is not there
-        return True
-    if isinstance(value, bool):
-        return kind in (bool, object)
-    return isinstance(value, (kind, int) if kind is float else (kind, list) if kind is tuple else kind)
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
-def _described(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(map(repr, get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from st_llm_embed.training.stages import begin, describe_data, prepare_run, rehearsed
+from st_llm_embed.training.stages import Run, describe_data, prepare_run, rehearsed
+from st_llm_embed.training.start import begin
 from st_llm_embed.training.trainer import LLMEmbedTrainer
 
 LONGEST = 300  # characters of a text that are shown
 
 
-def describe_run(config: str | Path | Mapping[str, Any]) -> str:
+def describe_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str, Any] | None = None) -> str:
     """Check a configuration as ``train_stages`` does, and tell what it would do. Nothing is written or trained.
 
     Args:
-        config: the configuration, or the path of a YAML file with it.
+        config, assignments: see ``train_stages``.
 
     Returns:
         For each stage: its data sets and their sizes, the steps, the rows of a step, the first row of its first batch
@@ -27,19 +29,39 @@ def describe_run(config: str | Path | Mapping[str, Any]) -> str:
     Raises:
         ValueError: see ``train_stages``.
     """
-    run = prepare_run(config)
+    run = prepare_run(config, assignments)
     done = [folder for folder in run.folders if (folder / "model").is_dir()]
-    model = begin(run.settings, done[-1] / "model" if done else run.start)
-    lines = [f"Output: {run.output}", _memory(model)]
-    for number, (stage, arguments, folder) in enumerate(run.parts(), 1):
-        lines += ["", f"Stage {number}, {stage.name}: {describe_data(stage, run.data)}"]
+    model = None
+    lines = [f"Output: {run.output}"]
+    for number, (stage, folder) in enumerate(zip(run.config.stages, run.folders, strict=True)):
+        lines += ["", f"Stage {number + 1}, {stage.name}: {describe_data(stage, run.data)}"]
         if folder in done:
             lines.append(f"  is finished: {folder / 'model'}")
             continue
-        with rehearsed(stage, model, run, arguments) as trainer:
+        lines += [f"  {line}" for line in _mining(run, [*stage.data, *stage.eval_data])]
+        if model is None or run.differs(number):
+            model = None
+            before = run.before(number)
+            model = begin(run.config, number, before if before and before.is_dir() else None)
+            lines.append(f"  {_memory(model)}")
+        with rehearsed(number, model, run) as trainer:
             lines += [f"  {line}" for line in _steps(trainer)]
             lines += [f"  {line}" for line in _first_row(trainer)]
+    if run.config.seal is not False:
+        lines += ["", f"Sealed: {run.output / 'sealed'}"]
+    if run.config.evaluate is not None:
+        lines += ["", f"Evaluated on {', '.join(run.config.evaluate.tasks)}: {run.output / 'results'}"]
     return "\n".join(lines)
+
+
+def _mining(run: Run, names: list[str]) -> list[str]:
+    """What is mined before a stage, for which the positives stand in its first row."""
+    return [
+        f"negatives of {name} are mined first, by {run.config.data[name]['mine']['teacher']}, unless they are in "
+        f"{run.output / 'mined' / name}; the row below shows each positive in their place"
+        for name in names
+        if name in run.mines
+    ]
 
 
 def _memory(model: SentenceTransformer) -> str:
@@ -48,7 +70,7 @@ def _memory(model: SentenceTransformer) -> str:
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     count = sum(p.numel() for p in model.parameters())
     return (
-        f"Model: {count:,} parameters; {weights / 1e6:,.0f} MB of weights, {trained / 1e6:,.0f} MB of gradients, "
+        f"model: {count:,} parameters; {weights / 1e6:,.0f} MB of weights, {trained / 1e6:,.0f} MB of gradients, "
         "twice that for AdamW; activations come on top."
     )
 
@@ -59,8 +81,8 @@ def _steps(trainer: LLMEmbedTrainer) -> list[str]:
     if args.max_steps > 0:
         steps = f"{args.max_steps:,} steps"
     else:
-        updates = max(1, len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps)
-        steps = f"{round(updates * args.num_train_epochs):,} steps ({args.num_train_epochs:g} epochs)"
+        updates = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+        steps = f"{math.ceil(updates * args.num_train_epochs):,} steps ({args.num_train_epochs:g} epochs)"
     lines = [f"{steps} of {batch} rows, {args.optim.value} at learning rate {args.learning_rate:g}"]
     every = {
         "steps": f"every {args.save_steps:g} steps",

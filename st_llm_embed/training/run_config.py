@@ -1,39 +1,49 @@
-"""The configuration of a run, checked whole: its keys, its model, its stages and their arguments, before any work."""
+"""The configuration of a run: its keys, typed once, and what must hold between them, checked before any work."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any, Literal
 
+from datasets import IterableDataset
 from peft import LoraConfig
+from pydantic import BeforeValidator, Field, StrictBool, StrictStr
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from st_llm_embed.losses import PretextLoss
+from st_llm_embed.mining import mine_negatives
 from st_llm_embed.model import LORA_ARGUMENTS, build_model
 from st_llm_embed.modules import LLMBackbone
 from st_llm_embed.recipes import RECIPES
-from st_llm_embed.training.configuration import checked, declared
-from st_llm_embed.training.stage_data import PRETEXT, naming
+from st_llm_embed.tasks import KINDS, Task
+from st_llm_embed.training.configuration import Given
+from st_llm_embed.training.schema import NewPath, Part, PathText, check, choice, fields_of, part
+from st_llm_embed.training.stage_data import PRETEXT, READERS, read_pretext
 from st_llm_embed.training.training_args import LLMEmbedTrainingArguments
 
-KEYS = {"output": str, "model": dict, "start": str, "data": dict, "stages": list, "arguments": dict, "seed": int}
-STAGE_KEYS = {
-    "name": str,
-    "data": list,
-    "eval_data": list,
-    "early_stopping_patience": int,
-    "arguments": dict,
-    "loss": dict,
+LENGTHS = ("max_seq_length", "query_length", "document_length")  # that a stage may have of its own
+FROM_1 = {"ge": 1}
+SHARE = {"ge": 0, "le": 1}
+LIMITS = {
+    **dict.fromkeys((*LENGTHS, "num_layers", "num_latents", "num_heads", "head_dim", "num_tokens", "r"), FROM_1),
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), FROM_1
+    ),
+    **dict.fromkeys(("early_stopping_patience", "batch_size", "matryoshka_dims", "save_total_limit"), FROM_1),
+    **dict.fromkeys(("max_characters", "num_negatives", "range_max", "shard_size"), FROM_1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "negatives"), {"ge": 0}),
+    **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "eval_delay"), {"ge": 0}),
+    **dict.fromkeys(("eval_steps", "save_steps", "logging_steps", "lora_alpha", "matryoshka_weights"), {"gt": 0}),
+    **dict.fromkeys(("temperature", "sampling_temperature", "mini_batch_size", "spread_weight", "weight"), {"gt": 0}),
+    **dict.fromkeys(("warmup_ratio", "lora_dropout", "relative_margin"), SHARE),
+    "seed": {"ge": 0, "lt": 1 << 32},
+    "max_steps": {"ge": -1},  # -1: as many as the epochs have
+    "n_dims_per_step": {"ge": -1},
 }
-ARGUMENTS = declared(LLMEmbedTrainingArguments)
-PRETEXT_LOSS = {name: kind for name, kind in declared(PretextLoss).items() if name != "model"}
-PRETEXT_LOSS["lm_head"] = Literal["base"]
-MATRYOSHKA = {name: kind for name, kind in declared(MatryoshkaLoss).items() if name not in ("model", "loss")}
-LORA = {name: kind for name, kind in declared(LoraConfig).items() if name in LORA_ARGUMENTS}
-SET_HERE = ("output_dir", "resume_from_checkpoint")
 
 
 @dataclass(frozen=True)
@@ -44,42 +54,310 @@ class Stage:
         name: the name of the stage, and of its folder.
         data: the names of its data sets in the configuration; one of ``consecutive_texts`` makes it a pretext stage.
         arguments: arguments of ``LLMEmbedTrainingArguments``, over those of the configuration.
+        model: what differs from the configuration's ``model`` in this stage: ``lora``, ``max_seq_length``,
+            ``query_length``, ``document_length``. LoRA that a stage has and the next has not is merged before it.
         loss: in a pretext stage arguments of ``PretextLoss``, of which ``lm_head: base`` takes the LM head of the base
             whose head is not tied to its embeddings. Else those of sentence-transformers' ``MatryoshkaLoss`` around
-            the contrastive loss: ``matryoshka_dims``, ...
+            the contrastive loss, whose own settings are arguments (``temperature``, ``spread_weight``, ...).
         eval_data: the names of the data sets to evaluate on, as ``eval_strategy`` and ``eval_steps`` say.
-        early_stopping_patience: the number of evaluations without a better loss after which the stage ends.
+        eval_tasks: the tasks to evaluate on besides, as the command ``evaluate`` takes them: folders in BEIR's layout,
+            names of mteb's tasks.
+        eval_split: the split of the folders among ``eval_tasks``.
+        early_stopping_patience: the number of evaluations without a better figure after which the stage ends, with the
+            best model: by ``metric_for_best_model``, or else the first of ``eval_tasks``, or the loss on the first of
+            ``eval_data``.
     """
 
     name: str
     data: list[str]
     arguments: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     eval_data: list[str] = field(default_factory=list)
+    eval_tasks: list[str] = field(default_factory=list)
+    eval_split: str = "dev"
     early_stopping_patience: int | None = None
 
 
-def read_settings(configuration: Any) -> tuple[dict[str, Any], list[Stage]]:
-    """The configuration with its defaults, and its stages.
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model as the start, as it is: with its pooling, its prompts and its adapter.
+
+    Args:
+        load: the folder or Hub id of a sentence-transformers model.
+        revision: the branch, tag or commit of its repository.
+        trust_remote_code: whether to run code in it that this package does not ship.
+        model_kwargs: arguments of the LLM's ``from_pretrained``, such as ``{dtype: bfloat16}``.
+        lora: arguments of ``peft.LoraConfig``, to train by a new LoRA: one that the model has is merged first. False:
+            that is merged, and the model trained in full. Default: as the model is, an adapter of its own trains on.
+        max_seq_length, query_length, document_length: the largest number of tokens of a text, a query and a document,
+            prompts included. Default: the model's own.
+    """
+
+    load: str | Path
+    revision: str | None = None
+    trust_remote_code: bool = False
+    model_kwargs: dict[str, Any] | None = None
+    lora: dict[str, Any] | Literal[False] | None = None
+    max_seq_length: int | None = None
+    query_length: int | None = None
+    document_length: int | None = None
+
+
+@dataclass(frozen=True)
+class Mining:
+    """Mining of hard negatives for a data set, before the first stage that trains on it. Beside these keys, the
+    arguments of ``mine_negatives``.
+
+    Args:
+        teacher: the folder or Hub id of a sentence-transformers model, or the name of an earlier stage.
+        trust_remote_code: whether to run code of the teacher that this package does not ship.
+        corpus: the documents to search besides the positives: what ``load_rows`` reads, or a folder in BEIR's layout.
+        corpus_columns: what the corpus's columns are called, such as ``{text: body}``.
+    """
+
+    teacher: str
+    trust_remote_code: bool = False
+    corpus: str | None = None
+    corpus_columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of the last stage's model, in ``output/results``; see the command ``evaluate``.
+
+    Args:
+        tasks: folders in BEIR's layout or with STS, pairs or classes, or names of mteb's tasks and benchmarks.
+        split: the split of the folders' data.
+        batch_size: the number of texts encoded at once.
+    """
+
+    tasks: list[str]
+    split: str = "test"
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Sealing:
+    """How the last stage's model is sealed, and what its card says.
+
+    Args:
+        license: the licence of the model, such as ``apache-2.0``. Default: its base's.
+        samples: whether rows of the training data stay in the card.
+        merge: whether LoRA is folded into the LLM, which else is saved as an adapter alone.
+    """
+
+    license: str | None = None
+    samples: bool = False
+    merge: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole training run.
+
+    Args:
+        output: the folder of the run, made new.
+        model: the arguments of ``build_model``: ``base``, ``recipe``, ``lora``, ``max_seq_length``, ... Or ``load``,
+            the folder or Hub id of a trained model to begin from as it is.
+        data: each data set by a name of one's own: ``read``, a builder of ``st_llm_embed.data``, and its arguments;
+            ``instruction`` and other settings of its ``Task``, unless ``known_task`` knows the name; and ``mine``, to
+            mine hard negatives for it first.
+        stages: the stages, in their order.
+        arguments: the arguments of ``LLMEmbedTrainingArguments`` for all stages that they have an effect on.
+        seed: the seed of everything.
+        name: the name of the model, the title of its card.
+        seal: whether to write the last stage's model as a folder that loads without this package, ``output/sealed``;
+            or what its card says.
+        evaluate: the evaluation of the last stage's model.
+    """
+
+    output: str | Path
+    model: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+    stages: list[Stage]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    name: str | None = None
+    seal: bool | dict[str, Any] = False
+    evaluate: Evaluation | None = None
+
+    def model_of(self, stage: Stage) -> dict[str, Any]:
+        """The model's settings in a stage."""
+        return {**self.model, **stage.model}
+
+
+def _name(value: Any) -> Any:
+    """A name that YAML reads as a number is a name."""
+    return str(value) if type(value) is int else value
+
+
+Name = Annotated[StrictStr, BeforeValidator(_name), Field(min_length=1)]
+NOT_OF_RUNS = (  # set by the run, or without a meaning in one
+    *("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "local_rank"),
+    "save_only_model",  # of which no stage could go on
+)
+FILES = {name: PathText | dict[str, Any] for name in ("accelerator_config", "deepspeed", "fsdp_config")}
+ARGUMENTS = part("arguments", fields_of(LLMEmbedTrainingArguments, without=NOT_OF_RUNS, limits=LIMITS, kinds=FILES))
+LORA = part("lora", fields_of(LoraConfig, only=LORA_ARGUMENTS, needed=(), limits=LIMITS))
+LORA_OR_NOT = StrictBool | LORA
+NOT_OF_TEXT = ("model_name_or_path", "backend", "transformer_task", "modality_config", "module_output_name")
+BACKBONE = {
+    **fields_of(build_model, kinds={"base": PathText, "lora": LORA_OR_NOT}),
+    **fields_of(LLMBackbone, without=NOT_OF_TEXT, limits=LIMITS),
+    **fields_of(Transformer, without=NOT_OF_TEXT, limits=LIMITS),
+}
+MODELS: dict[str, type[Part]] = {
+    name: part(
+        f"model {name}",
+        {"recipe": (Literal[name], Field("nv-embed" if name == "nv-embed" else ..., description="the recipe."))},
+        BACKBONE,
+        fields_of(recipe.pooling, without=("embedding_dimension",), limits=LIMITS),
+    )
+    for name, recipe in RECIPES.items()
+}
+MODELS["load"] = part(
+    "load", fields_of(Loaded, kinds={"load": PathText, "lora": Literal[False] | LORA}, limits=LIMITS)
+)
+MODEL = choice(
+    *MODELS.items(),
+    key="recipe",
+    of=lambda given: "load" if "load" in given else str(given.get("recipe", "nv-embed")),
+    valid=f"Valid recipes: {', '.join(RECIPES)}.",
+)
+STAGE_MODEL = part("model", {name: BACKBONE[name] for name in ("lora", *LENGTHS)})
+PRETEXT_LOSS = fields_of(PretextLoss, without=("model", "lm_head"), limits=LIMITS) | {
+    "lm_head": (
+        Literal["base"],
+        Field(None, description="``base``: the base's LM head, frozen, where it is not tied to the input embeddings."),
+    )
+}
+MATRYOSHKA = fields_of(MatryoshkaLoss, without=("model", "loss"), needed=(), limits=LIMITS)
+LOSS = part("loss", PRETEXT_LOSS, MATRYOSHKA)
+NOT_OF_MINING = ("dataset", "teacher", "corpus", "cache_folder", "show_progress_bar")
+MINE = part(
+    "mine",
+    fields_of(Mining, kinds={"teacher": Name, "corpus": PathText}),
+    fields_of(mine_negatives, without=NOT_OF_MINING, limits=LIMITS),
+)
+TASK = fields_of(Task, without=("name", "negatives"), needed=(), limits=LIMITS, kinds={"kind": Literal[tuple(KINDS)]})
+MINED = {"mine": (MINE, Field(None, description="what hard negatives are mined by, before the rows are trained on."))}
+COLUMNS: dict[str, Any] = {
+    "columns": (
+        dict[str, str],
+        Field({}, description="what the columns are called: ``{anchor: question}``; renamed first."),
+    )
+}
+READS = {PRETEXT: part(PRETEXT, {"read": (Literal[PRETEXT], ...)}, fields_of(read_pretext, limits=LIMITS))}
+READS |= {
+    name: part(
+        name,
+        {"read": (Literal[name], ...)},
+        fields_of(reader, without=("streaming",), limits=LIMITS),  # sentence-transformers takes no streams of tasks
+        COLUMNS,
+        TASK,
+        MINED,
+        open_ended=name == "load_dataset",
+    )
+    for name, reader in READERS.items()
+}
+DATA = choice(
+    *READS.items(),
+    key="read",
+    of=lambda given: str(given.get("read")),
+    valid=f"Valid: {', '.join(READS)}.",
+)
+STAGE = part(
+    "stage",
+    fields_of(
+        Stage,
+        limits=LIMITS,
+        kinds={
+            "name": Name,
+            "data": Annotated[list[Name], Field(min_length=1)],
+            "arguments": ARGUMENTS,
+            "model": STAGE_MODEL,
+            "loss": LOSS,
+            "eval_data": list[Name],
+            "eval_tasks": list[PathText],
+        },
+    ),
+)
+SEAL = part("seal", fields_of(Sealing))
+TASKS = Annotated[list[PathText], Field(min_length=1)]
+RUN = part(
+    "run",
+    fields_of(
+        RunConfig,
+        limits=LIMITS,
+        kinds={
+            "output": NewPath,
+            "model": MODEL,
+            "data": dict[Name, DATA],  # type: ignore[valid-type]
+            "stages": Annotated[list[STAGE], Field(min_length=1)],  # type: ignore[valid-type]
+            "arguments": ARGUMENTS,
+            "seal": StrictBool | SEAL,
+            "evaluate": part("evaluate", fields_of(Evaluation, limits=LIMITS, kinds={"tasks": TASKS})),
+        },
+    ),
+)
+
+
+def read_run(given: Given) -> RunConfig:
+    """The configuration, with its defaults.
 
     Raises:
         ValueError: naming the part that is missing, unknown, of another type, or impossible, and the valid ones.
     """
-    settings = checked("The configuration", configuration, KEYS, ("output", "model", "data", "stages"))
-    settings = {"arguments": {}, "seed": 0, **settings}
-    settings["model"] = check_model(settings["model"])
-    settings["arguments"] = _check_arguments("The configuration", settings["arguments"])
-    settings["data"] = {str(name): data_settings for name, data_settings in settings["data"].items()}
-    for name, data_settings in settings["data"].items():
-        if not isinstance(data_settings, Mapping):
-            raise ValueError(
-                f"Data set {name!r} is {data_settings!r}. It takes read, a builder's name, and that builder's "
-                f"arguments: {{{name}: {{read: from_beir, folder: ...}}}}."
-            )
-    if not settings["stages"]:
-        raise ValueError("The configuration has no stages.")
-    stages = [_read_stage(number, entry, settings["data"]) for number, entry in enumerate(settings["stages"], 1)]
-    return settings, stages
+    with given.naming():
+        values = check(RUN, given.values, given.folder)
+    values["stages"] = [Stage(**stage) for stage in values["stages"]]
+    if "evaluate" in values:
+        values["evaluate"] = Evaluation(**values["evaluate"])
+    config = RunConfig(**values)
+    if len(config.data) < len(given.values["data"]):
+        with given.naming("data"):
+            raise ValueError("two data sets have one name, as a number and as text.")
+    for number, stage in enumerate(config.stages):
+        with given.naming("stages", number):
+            if "eval_split" in given.values["stages"][number] and not stage.eval_tasks:
+                raise ValueError("has eval_split, and no eval_tasks whose split it could be. Leave it out.")
+            _check_stage(stage, config)
+    for name, settings in config.data.items():
+        if "mine" in settings:
+            with given.naming("data", name, "mine"):
+                check_name(name)
+                settings["mine"]["teacher"] = _teacher(settings["mine"]["teacher"], name, config, given.folder)
+    return config
+
+
+def _teacher(teacher: str, name: str, config: RunConfig, folder: Path) -> str:
+    """The name of a stage, or the path or Hub id of a model.
+
+    Raises:
+        ValueError: for a stage that is not finished when the data set's first begins.
+    """
+    stages = [stage.name for stage in config.stages]
+    if teacher not in stages:
+        return check(part("mine", {"teacher": (PathText, ...)}), {"teacher": teacher}, folder)["teacher"]
+    first = next((i for i, stage in enumerate(config.stages) if name in (*stage.data, *stage.eval_data)), 0)
+    if stages.index(teacher) >= first:
+        raise ValueError(
+            f"the teacher {teacher!r} is a stage that comes after the negatives are needed, in {stages[first]!r}. "
+            "Name an earlier one, or a model."
+        )
+    return teacher
+
+
+def check_name(name: str) -> None:
+    """Check that a name can be that of a folder.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    is_plain = all(kind(name).name == name for kind in (PurePosixPath, PureWindowsPath))
+    if not is_plain or "\0" in name or len(name.encode()) > 200:
+        raise ValueError(f"name={name[:80]!r} must be that of a folder: without slashes, at most 200 bytes.")
 
 
 def check_model(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,123 +367,172 @@ def check_model(settings: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: for a name that neither it nor the backbone nor the recipe's pooling takes, or a value of another
             type.
     """
-    recipe = RECIPES.get(str(settings.get("recipe", "nv-embed")))
-    kinds = declared(build_model, LLMBackbone, Transformer, *([recipe.pooling] if recipe else []))
-    set_by_build_model = ("model_name_or_path", "embedding_dimension")
-    kinds = {name: kind for name, kind in kinds.items() if name not in set_by_build_model}
-    settings = checked("The model", settings, kinds, ["base"], open_ended=recipe is None)
-    if isinstance(settings.get("lora"), Mapping):
-        settings["lora"] = checked("The model's lora", settings["lora"], LORA)
-    return settings
+    given = Given(settings)
+    with given.naming():
+        return check(part("build", {"model": (MODEL, ...)}), {"model": settings})["model"]
 
 
-def _read_stage(number: int, entry: Any, data: Mapping[str, Mapping[str, Any]]) -> Stage:
-    """One stage.
+def _check_stage(stage: Stage, config: RunConfig) -> None:
+    """What must hold between the keys of a stage.
 
-    Args:
-        number: its place among the stages, from 1.
-        entry: what the configuration says of it.
-        data: the settings of each data set.
+    Raises:
+        ValueError: for what does not.
     """
-    stage = Stage(**checked(f"Stage {number}", entry, STAGE_KEYS, ("name", "data")))
-    names, eval_names = [str(name) for name in stage.data], [str(name) for name in stage.eval_data]
-    absent = [name for name in (*stage.data, *stage.eval_data) if str(name) not in data]
-    if absent or not names:
-        fault = f"the data sets {absent}" if absent else "no data set"
-        raise ValueError(f"Stage {stage.name!r} names {fault}. Known: {sorted(data)}.")
-    if any(kind(stage.name).name != stage.name for kind in (PurePosixPath, PureWindowsPath)):
-        raise ValueError(f"Stage {number} has name={stage.name!r}. It names a folder: no slashes, not empty.")
-    place = f"Stage {stage.name!r}"
-    pretext = [name for name in names if data[name].get("read") == PRETEXT]
-    if pretext and len(names) > 1:
-        raise ValueError(f"{place} has pretext rows beside others: {names}. Give them one stage each.")
-    other_kind = any(bool(pretext) != (data[name].get("read") == PRETEXT) for name in eval_names)
-    if other_kind or (pretext and len(eval_names) > 1):
-        raise ValueError(f"{place} has eval_data {eval_names} of another kind than its data {names}.")
+    if absent := [name for name in (*stage.data, *stage.eval_data) if name not in config.data]:
+        raise ValueError(f"the data sets {absent} are not there. There are: {', '.join(config.data)}.")
+    check_name(stage.name)
+    if [other.name for other in config.stages].count(stage.name) > 1:
+        raise ValueError(f"name={stage.name!r} is another stage's too. Give each one of its own.")
+    if len(set(stage.data)) < len(stage.data) or len(set(stage.eval_data)) < len(stage.eval_data):
+        raise ValueError(f"names a data set twice: {[*stage.data, *stage.eval_data]}.")
+    pretext = [name for name in stage.data if config.data[name]["read"] == PRETEXT]
+    if pretext and len(stage.data) > 1:
+        raise ValueError(f"has pretext rows beside others: {stage.data}. Give them one stage each.")
+    other_kind = any(bool(pretext) != (config.data[name]["read"] == PRETEXT) for name in stage.eval_data)
+    if other_kind or (pretext and len(stage.eval_data) > 1):
+        raise ValueError(f"has eval_data {stage.eval_data} of another kind than its data {stage.data}.")
     if misplaced := sorted(stage.loss.keys() & (MATRYOSHKA if pretext else PRETEXT_LOSS).keys()):
         reason = "MatryoshkaLoss, and its data are" if pretext else "PretextLoss, and has no data"
-        raise ValueError(f"{place}'s loss has {', '.join(misplaced)}, of {reason} of {PRETEXT}. Leave it out.")
-    loss = checked(f"{place}'s loss", stage.loss, PRETEXT_LOSS if pretext else MATRYOSHKA)
-    if loss and not pretext:
-        _check_matryoshka(place, loss)
-    arguments = _check_arguments(place, stage.arguments)
-    if len(set(names)) < len(names) or len(set(eval_names)) < len(eval_names):
-        raise ValueError(f"{place} names a data set twice: {[*names, *eval_names]}.")
-    if stage.early_stopping_patience is not None and not (eval_names and stage.early_stopping_patience > 0):
+        raise ValueError(f"has in its loss {', '.join(misplaced)}, of {reason} of {PRETEXT}. Leave it out.")
+    if stage.model.get("lora") is True and "load" in config.model:
+        raise ValueError("has lora: true, the recipe's, and a loaded model has none. Say which: lora: {r: 16}.")
+    if stage.loss.get("lm_head") and "load" in config.model:
+        raise ValueError("has lm_head: base, and the model is loaded, without a base. Give it a model with a base.")
+    if stage.loss and not pretext:
+        dims, weights = stage.loss.get("matryoshka_dims"), stage.loss.get("matryoshka_weights")
+        if not dims:
+            raise ValueError("has a loss without matryoshka_dims, the widths: such as [768, 256, 64].")
+        if weights is not None and len(weights) != len(dims):
+            raise ValueError(f"has matryoshka_weights={weights}, and must have one for each of {dims}.")
+        if stage.loss.get("n_dims_per_step", -1) > len(dims):
+            raise ValueError(f"has n_dims_per_step={stage.loss['n_dims_per_step']}, and {len(dims)} matryoshka_dims.")
+    evaluated = [*stage.eval_data, *stage.eval_tasks]
+    if stage.early_stopping_patience is not None and not evaluated:
         raise ValueError(
-            f"{place} has early_stopping_patience={stage.early_stopping_patience} and eval_data={eval_names}. It "
-            "takes a number of evaluations, 1 or more, of eval_data to stop by."
+            f"has early_stopping_patience={stage.early_stopping_patience}, and neither eval_data nor eval_tasks to "
+            "stop by."
         )
-    return replace(stage, data=names, eval_data=eval_names, arguments=arguments, loss=loss)
+    if stage.eval_tasks and pretext:
+        raise ValueError("has eval_tasks, and pretext data, after which there is nothing to retrieve with yet.")
 
 
-def _check_matryoshka(place: str, loss: Mapping[str, Any]) -> None:
-    dims, weights = loss.get("matryoshka_dims"), loss.get("matryoshka_weights")
-    if not isinstance(dims, list) or not dims or not all(type(dim) is int and dim > 0 for dim in dims):
-        raise ValueError(f"{place}'s loss has matryoshka_dims={dims!r}. It takes widths, such as [768, 256, 64].")
-    numbers = isinstance(weights, list) and all(type(weight) in (int, float) and weight > 0 for weight in weights)
-    if weights is not None and not (numbers and len(weights) == len(dims)):
-        raise ValueError(f"{place}'s loss has matryoshka_weights={weights!r}. It takes a number for each width.")
-
-
-def _check_arguments(place: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    if refused := [name for name in SET_HERE if name in arguments]:
-        raise ValueError(
-            f"{place} has the argument {refused[0]!r}, which follows from the output's folder. Leave it out."
-        )
-    return checked(f"{place}'s arguments", arguments, ARGUMENTS)
-
-
-def stage_arguments(stages: list[Stage], data: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def stage_arguments(config: RunConfig, data: Mapping[str, Any], given: Given) -> list[dict[str, Any]]:
     """The training arguments of each stage: its own, and those of the configuration that are not for others only.
 
     Args:
-        stages: the stages.
+        config: the configuration.
         data: each data set, as ``read_data`` gives it.
-        settings: the configuration, with its ``seed`` and ``arguments``.
+        given: the configuration as it was given, for messages.
 
     Raises:
         ValueError: naming the stage whose arguments cannot be, or have no effect.
     """
-    shared = {"report_to": [], "seed": settings["seed"], **settings["arguments"]}
-    merged = [{**_best_model(stage, data), **shared, **stage.arguments} for stage in stages]
-    tasks = [[part[1] for part in map(data.get, stage.data) if isinstance(part, tuple)] or None for stage in stages]
+    shared = {"report_to": [], "seed": config.seed, **config.arguments}
+    merged = []
+    for number, stage in enumerate(config.stages):
+        with given.naming("stages", number):
+            if (stage.eval_data or stage.eval_tasks) and "eval_strategy" not in {**shared, **stage.arguments}:
+                raise ValueError(
+                    "has eval_data or eval_tasks, and no eval_strategy. Say when to evaluate, such as eval_strategy: "
+                    "steps and eval_steps: 100."
+                )
+            merged.append(_best_model(stage, data, {**shared, **stage.arguments}))
+    tasks = [
+        [part[1] for part in map(data.get, stage.data) if isinstance(part, tuple)] or None for stage in config.stages
+    ]
+    evaluated = [bool(stage.eval_data or stage.eval_tasks) for stage in config.stages]
     idle = []
-    for stage, arguments, stage_tasks in zip(stages, merged, tasks, strict=True):
-        with naming(f"Stage {stage.name!r}"):
-            idle.append(LLMEmbedTrainingArguments("unused", **arguments).idle(stage_tasks, False))
-    for stage, arguments, stage_tasks, without_effect in zip(stages, merged, tasks, idle, strict=True):
-        for name in set(without_effect) & set(arguments) - set(stage.arguments):
+    for number, (arguments, stage_tasks, evaluates) in enumerate(zip(merged, tasks, evaluated, strict=True)):
+        with given.naming("stages", number):
+            args = LLMEmbedTrainingArguments("unused", **arguments)
+            idle.append(
+                args.idle(stage_tasks, False) | ({} if evaluates else dict.fromkeys(OF_EVALUATION, NOT_EVALUATED))
+            )
+    for number, (stage, arguments) in enumerate(zip(config.stages, merged, strict=True)):
+        for name in set(idle[number]) & set(arguments) - set(stage.arguments):
             if not all(name in others for others in idle):
                 del arguments[name]
-        with naming(f"Stage {stage.name!r}"):
-            args = LLMEmbedTrainingArguments("unused", **arguments)
-            args.check_effect(stage_tasks, False)
-            if bool(stage.eval_data) != (args.eval_strategy != "no"):
-                raise ValueError(
-                    f"eval_data={stage.eval_data} and eval_strategy={args.eval_strategy.value!r} do not go together. "
-                    "Set both, such as eval_strategy: steps and eval_steps: 100, or neither."
-                )
-            metrics = [_eval_loss(name, data) for name in stage.eval_data]
-            if metrics and f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" not in metrics:
-                raise ValueError(
-                    f"metric_for_best_model={args.metric_for_best_model!r} is not measured. There are: "
-                    f"{', '.join(metrics)}."
-                )
+        with given.naming("stages", number):
+            _check_arguments(stage, arguments, config.arguments, idle[number], tasks[number], data)
     return merged
 
 
-def _best_model(stage: Stage, data: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments by which the best model is told: its loss on the first of ``eval_data``."""
-    if not stage.eval_data:
-        return {}
-    best: dict[str, Any] = {"metric_for_best_model": _eval_loss(stage.eval_data[0], data)}
+OF_EVALUATION = (
+    *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("eval_accumulation_steps", "prediction_loss_only", "bf16_full_eval", "fp16_full_eval"),
+)
+NOT_EVALUATED = "the stage has neither eval_data nor eval_tasks. Give it some, or leave it out"
+
+
+def _check_arguments(
+    stage: Stage,
+    arguments: Mapping[str, Any],
+    shared: Mapping[str, Any],
+    idle: Mapping[str, str],
+    tasks: list[Task] | None,
+    data: Mapping[str, Any],
+) -> None:
+    args = LLMEmbedTrainingArguments("unused", **arguments)
+    args.check_effect(tasks, False)
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise ValueError(f"max_steps={args.max_steps}, num_train_epochs={args.num_train_epochs:g} train nothing.")
+    steps_of_all = arguments.get("max_steps", -1) > 0 and "max_steps" not in stage.arguments
+    if args.max_steps > 0 and (
+        "num_train_epochs" in stage.arguments or (steps_of_all and "num_train_epochs" in shared)
+    ):
+        raise ValueError(
+            f"num_train_epochs={args.num_train_epochs:g} has no effect beside max_steps={args.max_steps}. Leave one "
+            "out; in a stage, max_steps: -1 takes back that of all stages."
+        )
+    if any(isinstance(data[name], IterableDataset) for name in stage.data) and args.max_steps <= 0:
+        raise ValueError(
+            "its data stream, and a stream's length is not known. Say max_steps, such as max_steps: 1000."
+        )
+    if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise ValueError("use_liger_kernel needs liger-kernel. Fix: pip install liger-kernel, or leave it out.")
+    for name in OF_EVALUATION:
+        if name in idle and name in arguments:
+            raise ValueError(f"the training argument {name}={arguments[name]!r} has no effect: {idle[name]}.")
+    if not (stage.eval_data or stage.eval_tasks):
+        return
+    if args.eval_strategy == "no":
+        raise ValueError("has eval_data or eval_tasks, and eval_strategy: no. Leave out one of them.")
+    metrics = _metrics(stage, data)
+    chosen = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+    if chosen not in metrics:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is not measured. There are: {', '.join(metrics)}."
+        )
+
+
+def _metrics(stage: Stage, data: Mapping[str, Any]) -> list[str]:
+    """The figures by which the best model of a stage can be told."""
+    # The host's names: with tasks, data sets come by name.
+    losses = [f"eval_{name}_loss" if isinstance(data[name], tuple) else "eval_loss" for name in stage.eval_data]
+    if not stage.eval_tasks:
+        return losses
+    from st_llm_embed.evaluation.evaluate import find_tasks
+
+    return [
+        f"eval_{task.metadata.name}_{task.metadata.main_score}"
+        for task in find_tasks(stage.eval_tasks, stage.eval_split)
+    ] + losses
+
+
+def _best_model(stage: Stage, data: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, and those by which the best model is told and kept."""
+    if not (stage.eval_data or stage.eval_tasks):
+        return dict(arguments)
+    metric = _metrics(stage, data)[0]
+    best: dict[str, Any] = {"metric_for_best_model": metric, "greater_is_better": not metric.endswith("_loss")}
     if stage.early_stopping_patience is not None:
         best["load_best_model_at_end"] = True
         best["restore_callback_states_from_checkpoint"] = True  # a resumed run counts on
-    return best
-
-
-def _eval_loss(name: str, data: Mapping[str, Any]) -> str:
-    """The host's name of the loss on a data set: with tasks, data sets come by name."""
-    return f"eval_{name}_loss" if isinstance(data[name], tuple) else "eval_loss"
+        if not {"save_strategy", "save_steps"} & arguments.keys():  # what is evaluated must be there to be kept
+            best |= {
+                f"save_{key}": arguments[f"eval_{key}"] for key in ("strategy", "steps") if f"eval_{key}" in arguments
+            }
+    if "metric_for_best_model" in arguments:
+        del best["greater_is_better"]
+    return {**best, **arguments}

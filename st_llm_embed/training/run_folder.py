@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from st_llm_embed.files import check_writable, find_damaged, written_beside
+from st_llm_embed.training.configuration import read_yaml
 
 logger = logging.getLogger(__name__)
 TOKENS = ("hub_token", "push_to_hub_token", "token", "use_auth_token")
 LOCK = ".lock"
+OF_STAGE = re.compile(r"\d+-.*")  # the names of stages' folders
 WEIGHTS = ("*.safetensors", "pytorch_model*", "global_step*")  # whole; FSDP's; DeepSpeed's
 WAIT = 10  # seconds; the workers of a killed run outlive it by half of that, and hold its lock
 
@@ -27,27 +31,36 @@ def check_whole(folder: Path) -> None:
         )
 
 
-def check_ours(output: Path, text: str) -> None:
-    """Check that the output can be written, and holds nothing, or this configuration's run, or one that never began:
-    without a checkpoint nothing of it can be lost."""
+def check_ours(output: Path, changes: Callable[[Path, Any], list[str]]) -> list[str]:
+    """Check that the output can be written, and holds nothing, or this run, or one that never began: without a
+    checkpoint nothing of it can be lost.
+
+    Args:
+        output: the folder of the run.
+        changes: a function that tells what is other than in the configuration that the run has had, or refuses it.
+
+    Returns:
+        What changed in a run that goes on.
+    """
     check_writable(output)
     file = output / "config.yaml"
     if file.is_file():
-        begun = any(output.glob("*-*/checkpoint-*")) or any(output.glob("*-*/model"))
-        if begun and file.read_text(encoding="utf-8") != text:
-            raise ValueError(
-                f"{output} holds a run of another configuration ({file}). Choose another output, or remove that one."
-            )
-    elif output.is_dir() and any(entry.name != LOCK for entry in output.iterdir()):
+        if any(output.glob("*-*/checkpoint-*")) or any(output.glob("*-*/model")):
+            return changes(output, read_yaml(file))
+    known = ("config.yaml", LOCK, "mined", "sealed", "sealed.json", "results")
+    if output.is_dir() and any(
+        entry.name not in known and not OF_STAGE.fullmatch(entry.name) for entry in output.iterdir()
+    ):
         raise ValueError(f"{output} holds something that is no run of this command. Choose another output.")
+    return []
 
 
 @contextmanager
-def claimed(output: Path, text: str) -> Iterator[None]:
+def claimed(output: Path, text: str, changes: Callable[[Path, Any], list[str]]) -> Iterator[None]:
     """The output, as this configuration's, which no other process can run in meanwhile."""
     output.mkdir(parents=True, exist_ok=True)
     with lock_of(output):
-        check_ours(output, text)
+        check_ours(output, changes)
         with written_beside(output / "config.yaml") as staged:
             staged.write_text(text, encoding="utf-8")
         yield
@@ -79,6 +92,12 @@ def without_tokens(given: Any) -> Any:
     if isinstance(given, Mapping):
         return {name: without_tokens(value) for name, value in given.items() if name not in TOKENS}
     return [without_tokens(value) for value in given] if isinstance(given, list | tuple) else given
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed process had half-written beside a model."""
+    for left in (*folder.glob(".model-*"), *folder.glob(".sealed-*")):
+        shutil.rmtree(left)
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
 
 from st_llm_embed.data import (
     check_pretext_columns,
@@ -25,13 +24,14 @@ from st_llm_embed.data import (
     from_sts,
     load_rows,
     paragraphs,
+    rename_columns,
     sentences,
     windows,
 )
 from st_llm_embed.tasks import Task, known_task
-from st_llm_embed.training.configuration import checked, declared, required
 
-TASK_KINDS = {name: kind for name, kind in declared(Task).items() if name not in ("name", "negatives")}
+OF_TASKS = [field.name for field in fields(Task) if field.name not in ("name", "negatives")]
+OF_FILES = ("arrow", "csv", "json", "parquet", "text")  # what load_dataset reads files of this machine by
 READERS: dict[str, Callable[..., Any]] = {
     reader.__name__: reader
     for reader in (
@@ -52,54 +52,89 @@ READERS: dict[str, Callable[..., Any]] = {
 PRETEXT = consecutive_texts.__name__
 
 
-def read_data(name: str, settings: Mapping[str, Any]) -> Dataset | IterableDataset | tuple[Dataset, Task]:
+def read_data(
+    name: str, settings: Mapping[str, Any], folder: Path = Path()
+) -> Dataset | IterableDataset | tuple[Dataset | IterableDataset, Task]:
     """Pretext rows, or a task's rows and the task.
 
     Args:
         name: the name of the data set, which is the task's.
-        settings: ``read``, the name of its builder; that builder's arguments; and settings of its ``Task``.
+        settings: ``read``, the name of its builder; that builder's arguments; ``columns``, which are renamed first;
+            and settings of its ``Task``.
+        folder: what the files that ``load_dataset`` reads are relative to.
 
     Raises:
-        ValueError: naming the data set and what is wrong with it.
+        ValueError, OSError: for what cannot be read, or is no task's data.
     """
-    place = f"Data set {name!r}"
-    reader_name = settings.get("read")
-    arguments = {key: value for key, value in settings.items() if key != "read"}
-    if reader_name == PRETEXT:
-        kinds = {**declared(consecutive_texts), "documents": str, "split": str | int}
-        arguments = checked(place, arguments, kinds, ["documents"])
-        with naming(place):
-            documents = load_rows(arguments.pop("documents"), streaming=True)
-            rows = consecutive_texts(documents, splitter(arguments.pop("split", None)), **arguments)
-            check_pretext_columns(rows, name)
-            return rows
-    if str(reader_name) not in READERS:
-        raise ValueError(
-            f"{place} has read={reader_name!r}. Valid: {', '.join([PRETEXT, *READERS])}, of st_llm_embed.data and of "
-            "datasets."
-        )
-    reader = READERS[str(reader_name)]
-    kinds = {**declared(reader), **TASK_KINDS}
-    arguments = checked(place, arguments, kinds, required(reader), open_ended=reader is load_dataset)
-    with naming(place):
-        task_settings = {key: arguments.pop(key) for key in TASK_KINDS if key in arguments}
-        if "instruction" in task_settings:
-            task = Task(name, **task_settings)
-        else:
-            task = replace(known_task(name), **task_settings)
-        rows = reader(**arguments)
+    arguments = {key: value for key, value in settings.items() if key not in ("read", "mine")}
+    if settings["read"] == PRETEXT:
+        rows = read_pretext(**arguments)
+        check_pretext_columns(rows, name)
+        return rows
+    task = task_of(name, settings)
+    arguments = {key: value for key, value in arguments.items() if key not in OF_TASKS}
+    columns = arguments.pop("columns", None) or {}
+    if columns and "source" in arguments:
+        arguments["source"] = load_rows(arguments["source"], columns=columns)
+    if settings["read"] == load_dataset.__name__ and arguments["path"] in OF_FILES:
+        places = {key: _beside(folder, arguments[key]) for key in ("data_files", "data_dir") if arguments.get(key)}
+        arguments |= places
+    rows = READERS[settings["read"]](**arguments)
     if not isinstance(rows, Dataset | IterableDataset):
-        raise ValueError(f"{place} is read as {list(rows)}. Name one of them: split: {next(iter(rows))}.")
+        raise ValueError(f"It is read as {', '.join(rows)}. Name one of them: split: {next(iter(rows))}.")
+    if columns and "source" not in arguments:
+        rows = rename_columns(rows, columns, name)
     return rows, task
 
 
-@contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Errors that say which part of the configuration they are about."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, DatasetsError) as error:
-        raise ValueError(f"{place}: {error}") from error
+def task_of(name: str, settings: Mapping[str, Any]) -> Task:
+    """The task of a data set.
+
+    Raises:
+        ValueError: for a name that is not known, and without an instruction.
+    """
+    own = {key: settings[key] for key in OF_TASKS if key in settings}
+    return Task(name, **own) if "instruction" in own else replace(known_task(name), name=name, **own)
+
+
+def read_pretext(
+    documents: str | Path,
+    split: str | int | None = None,
+    columns: Mapping[str, str] | None = None,
+    document_column: str | None = None,
+    max_characters: int | None = None,
+    stop_words: list[str] | None = None,
+) -> Dataset | IterableDataset:
+    """``consecutive_texts`` of a file, a folder or a data set of the Hub, as they are read.
+
+    Args:
+        documents: what ``load_rows`` reads: ``.txt`` files, or rows with a column ``text``.
+        split: ``paragraphs`` (the default), ``sentences``, or a number of characters.
+        columns: what the columns are called: ``{text: body}``.
+        document_column: see ``consecutive_texts``.
+        max_characters: see ``consecutive_texts``.
+        stop_words: see ``consecutive_texts``.
+
+    Raises:
+        ValueError: for documents that cannot be read, or of which no text has a next one.
+    """
+    rows = load_rows(documents, streaming=True, columns=columns)
+    return consecutive_texts(
+        rows,
+        splitter(split),
+        document_column=document_column,
+        max_characters=max_characters,
+        stop_words=stop_words,
+    )
+
+
+def _beside(folder: Path, files: Any) -> Any:
+    """Paths as seen from ``folder``; what is on a network stays."""
+    if isinstance(files, Mapping):
+        return {split: _beside(folder, file) for split, file in files.items()}
+    if isinstance(files, list):
+        return [_beside(folder, file) for file in files]
+    return files if "://" in files else str(folder / Path(files).expanduser())
 
 
 def splitter(name: str | int | None) -> Callable[[str], list[str]]:

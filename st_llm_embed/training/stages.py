@@ -2,7 +2,7 @@
 
     output: runs/nv-embed
     model: {base: HuggingFaceTB/SmolLM2-135M, recipe: nv-embed, lora: true, max_seq_length: 256}
-    arguments: {per_device_train_batch_size: 64, learning_rate: 2.0e-5}
+    arguments: {per_device_train_batch_size: 64, learning_rate: 2e-5}
     data:
       wikipedia: {read: consecutive_texts, documents: wikipedia.jsonl.gz, split: sentences}
       scifact: {read: from_beir, folder: scifact}
@@ -12,22 +12,23 @@
       - {name: retrieval, data: [scifact], arguments: {stage: 1, num_train_epochs: 1}}
       - {name: blended, data: [scifact, moods], arguments: {stage: 2, num_train_epochs: 1}}
 
-A data set names its builder in ``st_llm_embed.data`` and that builder's arguments; beside them the settings of its
-``Task``, unless ``known_task`` knows its name. ``start: FOLDER`` goes on from the weights of a model that such a run
-left, of the same ``model``; no code of that folder runs. Each stage leaves ``output/NUMBER-NAME/model``. A run that
-was killed is started again with the same configuration: finished stages are kept, and the one in between goes on from
-its last checkpoint.
+Every key is in ``run_config.RunConfig``. Each stage leaves ``output/NUMBER-NAME/model``; what is mined for it lies in
+``output/mined``, and at the end, where asked for, the sealed model in ``output/sealed`` and its figures in
+``output/results``. A run that was killed is started again with the same configuration: finished stages are kept, and
+the one in between goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +36,37 @@ import yaml
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, set_seed
 
-from st_llm_embed.files import check_room, size_of, written_beside
+from st_llm_embed.files import check_room, read_json, size_of, write_json, written_beside
+from st_llm_embed.hub import save_sealed
 from st_llm_embed.hub.card import record_training
 from st_llm_embed.losses import PretextLoss
-from st_llm_embed.model import build_model
 from st_llm_embed.tasks import encoding_prompts
-from st_llm_embed.training.configuration import read_yaml
-from st_llm_embed.training.run_config import Stage, read_settings, stage_arguments
+from st_llm_embed.training.changes import find_changes
+from st_llm_embed.training.configuration import Given
+from st_llm_embed.training.mined_data import check_mining, mined_rows, stand_in
+from st_llm_embed.training.run_config import RunConfig, Stage, read_run, stage_arguments
 from st_llm_embed.training.run_folder import (
     LOCK,
     check_ours,
     check_whole,
     claimed,
+    clear_unfinished,
     last_checkpoint,
     lock_of,
     without_tokens,
 )
-from st_llm_embed.training.stage_data import naming, read_data
+from st_llm_embed.training.stage_data import read_data
+from st_llm_embed.training.start import begin, check_stage, outline_stage
 from st_llm_embed.training.trainer import LLMEmbedTrainer
 from st_llm_embed.training.training_args import OF_TASKS, LLMEmbedTrainingArguments
-from st_llm_embed.trust import check_data
-from st_llm_embed.weights.saved import load_saved
+from st_llm_embed.trust import fetch, load_trusted
+from st_llm_embed.weights.merging import has_adapter, merge_adapter
 
+logger = logging.getLogger(__name__)
 SHOWN = (  # in cards
     *(name for name in OF_TASKS if name != "stage"),
     *("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -68,14 +75,17 @@ SHOWN = (  # in cards
 )
 
 
-def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
+def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[str, Any] | None = None) -> Path:
     """Run all stages, or what is left of them.
 
     Args:
-        config: the configuration, or the path of a YAML file with it.
+        config: the configuration, or the path of a YAML file with it, which its paths are relative to.
+        assignments: values in place of the configuration's, by their path, such as
+            ``{"stages.blended.arguments.max_steps": 9}``.
 
     Returns:
-        The folder of the last stage's model, for ``SentenceTransformer(folder, trust_remote_code=True)``.
+        The folder of the last stage's model, for ``SentenceTransformer(folder, trust_remote_code=True)``; or, where
+        the configuration says ``seal``, of the sealed one.
 
     Raises:
         ValueError: for a configuration that says something unknown or impossible, before the first step of any stage
@@ -84,38 +94,102 @@ def train_stages(config: str | Path | Mapping[str, Any]) -> Path:
         OSError: if the output cannot be written, or its disk has no room for the model.
         RuntimeError: if another process runs in the output.
     """
-    run = prepare_run(config)
-    model, previous = None, run.start
-    for stage, own_arguments, folder in run.parts():
+    run = prepare_run(config, assignments)
+    model, rehearsing, previous = None, None, None
+    for number, folder in enumerate(run.folders):
         if (folder / "model").is_dir():
             check_whole(folder / "model")
             previous = folder / "model"
             continue
-        if model is None:
-            model = begin(run.settings, previous)
-            check_room(run.output, size_of(model))
-        with rehearsed(stage, model, run, own_arguments):
+        if rehearsing is None or run.differs(number):
+            model = rehearsing = None  # two at once may not fit into memory
+            goes_on = previous == run.before(number)
+            rehearsing = begin(run.config, number, previous if goes_on else None)
+            check_room(run.output, size_of(rehearsing))
+            model = rehearsing if goes_on else None
+        with rehearsed(number, rehearsing, run):
             pass
-    with claimed(run.output, run.text) if _is_first_process() else nullcontext():
-        previous, card_rows = run.start, []
-        for number, (stage, own_arguments, folder) in enumerate(run.parts(), 1):
-            card_rows.append(_card_row(stage, run.data, run.settings["arguments"]))
+    del rehearsing
+    with (
+        claimed(run.output, run.text, partial(find_changes, run.given, run.config))
+        if _is_first_process()
+        else nullcontext()
+    ):
+        previous, card_rows = None, []
+        for number, (stage, folder) in enumerate(zip(run.config.stages, run.folders, strict=True)):
+            clear_unfinished(folder)
             if not (folder / "model").is_dir():
-                model = model or begin(run.settings, previous)
-                set_seed(run.settings["seed"] + number)  # adapters' dropout, and nothing else, depends on it
-                trainer = _trainer(stage, model, run, LLMEmbedTrainingArguments(str(folder), **own_arguments))
-                trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+                for name in (*stage.data, *stage.eval_data):
+                    run.mine(name)
+                if model is None or run.differs(number):
+                    model = None
+                    model = begin(run.config, number, previous)
+                set_seed(run.config.seed + number + 1)  # adapters' dropout, and nothing else, depends on it
+                trainer = _trainer(stage, model, run, LLMEmbedTrainingArguments(str(folder), **run.arguments[number]))
+                if (checkpoint := last_checkpoint(folder)) is not None:
+                    logger.warning("Stage %s goes on from %s.", stage.name, checkpoint)
+                trainer.train(resume_from_checkpoint=checkpoint)
+                card_rows.append(_card_row(stage, run))
                 with trainer.whole_model() as whole:
                     if trainer.is_world_process_zero():
                         with written_beside(folder / "model") as staged:
                             whole.save_pretrained(str(staged))
-                            start_card = run.start and run.start / "README.md"
-                            record_training(staged / "README.md", card_rows, start_card)
+                            record_training(staged / "README.md", card_rows, run.earlier_card)
                 trainer.accelerator.wait_for_everyone()
                 if trainer.is_fsdp_enabled:
                     model = None  # it stays in shards, and the next stage shards anew
+            else:
+                for name in stage.data:
+                    if (run.output / "mined" / name).is_dir():
+                        run.mine(name)
+                card_rows.append(_card_row(stage, run))
             previous = folder / "model"
-    return run.folders[-1] / "model"
+        del model
+        return _finish(run) if _is_first_process() else run.last
+
+
+def _finish(run: Run) -> Path:
+    """Seal and evaluate the last stage's model, as far as the configuration says so."""
+    model, trusts = run.folders[-1] / "model", run.config.model.get("trust_remote_code", False)
+    if run.config.seal is not False:
+        model = _sealed(run, model, trusts)
+    if run.config.evaluate is not None:
+        from st_llm_embed.evaluation import evaluate
+
+        of = run.config.evaluate
+        evaluated = evaluate(
+            model,
+            of.tasks,
+            run.output,  # in whose folder results mteb puts them
+            split=of.split,
+            batch_size=of.batch_size,
+            trust_remote_code=trusts,
+        )
+        logger.warning("%s", evaluated.table)
+    return model
+
+
+def _sealed(run: Run, model: Path, trusts: bool) -> Path:
+    """The sealed model: the one that is there, if it is of this model and these settings."""
+    sealed, mark = run.output / "sealed", run.output / "sealed.json"
+    settings = dict(run.config.seal) if isinstance(run.config.seal, Mapping) else {}
+    made_of = {"model": str(model.relative_to(run.output)), "time": model.stat().st_mtime_ns}
+    made_of |= {"name": run.config.name, "seal": settings}
+    if sealed.is_dir() and mark.is_file():
+        if read_json(mark) == made_of:
+            return sealed
+        shutil.rmtree(sealed)
+    clear_unfinished(run.output)
+    trained = load_trusted(model, trusts)
+    if settings.get("merge") and has_adapter(trained):
+        trained = merge_adapter(trained)
+    if run.config.name is not None:
+        trained.model_card_data.model_name = run.config.name
+    if "license" in settings:
+        trained.model_card_data.set_license(settings["license"])
+    write_json(mark, made_of)  # first: a sealed folder is whole or not there
+    save_sealed(trained, sealed, samples=settings.get("samples", False))
+    return sealed
 
 
 @dataclass(frozen=True)
@@ -123,111 +197,205 @@ class Run:
     """A configuration, read and checked, with its data.
 
     Args:
-        settings: the configuration with its defaults.
-        output: the folder of the run.
+        config: the configuration.
+        given: the configuration as it was given.
         text: what is written beside the models: the configuration without tokens.
-        stages: the stages.
-        data: each data set that a stage names, as ``read_data`` gives it.
+        data: each data set that a stage names, as ``read_data`` gives it; of what is to be mined, with rows that stand
+            for its negatives until it is.
+        mines: the rows that are to be mined, by the name of the data set.
         arguments: the training arguments of each stage.
-        start: the folder of the model whose weights the first stage begins with.
     """
 
-    settings: dict[str, Any]
-    output: Path
+    config: RunConfig
+    given: Given
     text: str
-    stages: list[Stage]
     data: dict[str, Any]
+    mines: dict[str, Dataset]
     arguments: list[dict[str, Any]]
-    start: Path | None
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
 
     @property
     def folders(self) -> list[Path]:
-        return [self.output / f"{number}-{stage.name}" for number, stage in enumerate(self.stages, 1)]
+        return [self.output / f"{number}-{stage.name}" for number, stage in enumerate(self.config.stages, 1)]
 
-    def parts(self) -> Iterator[tuple[Stage, dict[str, Any], Path]]:
-        """Each stage, its arguments and its folder."""
-        return zip(self.stages, self.arguments, self.folders, strict=True)
+    @property
+    def last(self) -> Path:
+        """The model that the run ends with."""
+        return self.output / "sealed" if self.config.seal is not False else self.folders[-1] / "model"
+
+    def before(self, number: int) -> Path | None:
+        """The model that a stage goes on from."""
+        return self.folders[number - 1] / "model" if number else None
+
+    def differs(self, number: int) -> bool:
+        """Whether a stage's model is made otherwise than that of the stage before."""
+        stages = self.config.stages
+        return number > 0 and self.config.model_of(stages[number]) != self.config.model_of(stages[number - 1])
+
+    def teachers(self, stage: Stage) -> dict[str, str]:
+        """The teachers that mine the negatives of a stage's data sets."""
+        mined = {name: self.config.data[name]["mine"] for name in stage.data if "mine" in self.config.data[name]}
+        return {name: settings["teacher"] for name, settings in mined.items()}
+
+    def mine(self, name: str) -> None:
+        """Give a data set the negatives that are to be mined for it."""
+        if (rows := self.mines.pop(name, None)) is not None:
+            finished = {
+                stage.name: folder / "model"
+                for stage, folder in zip(self.config.stages, self.folders, strict=True)
+                if (folder / "model").is_dir()
+            }
+            with self.given.naming("data", name, "mine"):
+                mined = mined_rows(rows, self.config.data[name], self.output / "mined" / name, finished)
+            self.data[name] = (mined, self.data[name][1])
+
+    @property
+    def earlier_card(self) -> Path | None:
+        """The card of the model that the run was begun from."""
+        load = self.config.model.get("load")
+        return fetch(load, self.config.model.get("revision")) / "README.md" if load else None
 
     @cached_property
     def lm_head(self) -> nn.Linear:
         """The base's LM head, frozen: it is not saved with the model, so that a resumed run must find it as it was."""
-        kwargs = self.settings["model"].get("model_kwargs") or {}
-        base = self.settings["model"]["base"]
+        kwargs = self.config.model.get("model_kwargs") or {}
+        base = self.config.model["base"]
         llm = AutoModelForCausalLM.from_pretrained(base, **{"trust_remote_code": False, **kwargs})
         return llm.get_output_embeddings().requires_grad_(False)
 
 
-def prepare_run(config: str | Path | Mapping[str, Any]) -> Run:
-    """Read and check a configuration, its output and its data; no model is loaded, and nothing stays written.
+def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str, Any] | None = None) -> Run:
+    """Read and check a configuration, its output, its base and its data; no weights are loaded, nothing is
+    written.
 
     Raises:
         ValueError, OSError, RuntimeError: see ``train_stages``.
     """
-    configuration = read_yaml(Path(config)) if isinstance(config, str | Path) else config
-    settings, stages = read_settings(configuration)
-    start = _read_start(settings.get("start"))
-    text = yaml.safe_dump(without_tokens(configuration), sort_keys=True)
-    output = Path(settings["output"]).expanduser()
+    given = Given.read(config, assignments or {})
+    settings = read_run(given)
+    output = Path(settings.output)
+    if given.file is not None and output.resolve() == given.file.resolve().parent and given.file.name == "config.yaml":
+        raise ValueError(f"{output} holds {given.file.name}, which the run would replace. Choose another output.")
     if _is_first_process():
-        check_ours(output, text)
+        for change in check_ours(output, partial(find_changes, given, settings)):
+            logger.warning("The run in %s goes on: %s.", output, change)
         if (output / LOCK).is_file():  # refused at once, if it is held
             lock_of(output).release()
-    data = {
-        name: read_data(name, data_settings)
-        for name, data_settings in settings["data"].items()
-        if any(name in (*stage.data, *stage.eval_data) for stage in stages)
-    }
-    return Run(settings, output, text, stages, data, stage_arguments(stages, data, settings), start)
+    outlines = []
+    for number, stage in enumerate(settings.stages):
+        with given.naming(*(("stages", number, "model") if stage.model else ("model",))):
+            outlines.append(outline_stage(settings, stage))
+    data: dict[str, Any] = {}
+    mines: dict[str, Dataset] = {}
+    for name, data_settings in settings.data.items():
+        users = [stage for stage in settings.stages if name in (*stage.data, *stage.eval_data)]
+        if not users:
+            logger.warning("The data set %r is in no stage, and is not read.", name)
+            continue
+        with given.naming("data", name):
+            data[name] = read_data(name, data_settings, given.folder)
+            if mining := data_settings.get("mine"):
+                rows, task = data[name]
+                check_mining(rows, mining, [stage.name for stage in settings.stages])
+                mines[name] = rows
+                data[name] = stand_in(rows, mining), task
+    arguments = stage_arguments(settings, data, given)
+    text = yaml.safe_dump(without_tokens(given.values), sort_keys=True)
+    run = Run(settings, given, text, data, mines, arguments)
+    for number, (stage, outline) in enumerate(zip(settings.stages, outlines, strict=True)):
+        if outline is None:
+            continue
+        with given.naming("stages", number):
+            tasks = [part[1] for part in map(data.get, (*stage.data, *stage.eval_data)) if isinstance(part, tuple)]
+            check_stage(stage, outline, tasks)
+        # What shards a model knows no other than an LLM, and what stands for one takes fast tokenizers alone.
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 and outline.tokenizer.is_fast:
+            small = SentenceTransformer(modules=[StaticEmbedding(outline.tokenizer, embedding_dim=8)])
+            with rehearsed(number, small, run, nn.Identity()):
+                pass
+        if stage.eval_tasks:
+            with given.naming("stages", number, "eval_tasks"):
+                check_tasks(stage.eval_tasks, stage.eval_split)
+    if settings.evaluate is not None:
+        with given.naming("evaluate"):
+            check_tasks(settings.evaluate.tasks, settings.evaluate.split)
+    return run
+
+
+def check_tasks(tasks: list[str], split: str) -> None:
+    """Check that there are such tasks, and that those of folders can be read."""
+    try:
+        from st_llm_embed.evaluation.evaluate import find_tasks
+        from st_llm_embed.evaluation.local_tasks import LocalTask
+    except ModuleNotFoundError as error:
+        raise ImportError(f"Evaluation needs {error.name}. Fix: pip install 'st-llm-embed[mteb]'.") from error
+
+    for task in find_tasks(tasks, split):
+        if isinstance(task, LocalTask):
+            task.load_data()
+            task.unload_data()
 
 
 def _is_first_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _read_start(folder: str | None) -> Path | None:
-    """The model to go on from."""
-    if folder is None:
-        return None
-    folder = str(Path(folder).expanduser())
-    if not (Path(folder) / "modules.json").is_file():
-        raise ValueError(f"start={folder!r} is no model. It takes one that a run left, such as OUTPUT/1-NAME/model.")
-    check_data(Path(folder))
-    check_whole(Path(folder))
-    return Path(folder)
-
-
-def _trainer(stage: Stage, model: SentenceTransformer, run: Run, args: LLMEmbedTrainingArguments) -> LLMEmbedTrainer:
+def _trainer(
+    stage: Stage,
+    model: SentenceTransformer,
+    run: Run,
+    args: LLMEmbedTrainingArguments,
+    loss: nn.Module | None = None,
+) -> LLMEmbedTrainer:
     callbacks: list[TrainerCallback] = []
     if stage.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(stage.early_stopping_patience))
     parts = [run.data[name] for name in stage.data]
-    if all(isinstance(part, tuple) for part in parts):
-        rows, eval_rows = ({name: run.data[name][0] for name in names} for names in (stage.data, stage.eval_data))
-        tasks = {run.data[name][1].name: run.data[name][1] for name in (*stage.data, *stage.eval_data)}
-        prompts = dict(model.prompts)
-        trainer = LLMEmbedTrainer(
-            model, args, rows, eval_rows or None, tasks=list(tasks.values()), callbacks=callbacks
-        )
-        # What is only evaluated leaves no prompt in the model.
-        trained = [run.data[name][1] for name in stage.data]
-        model.prompts = {**prompts, **encoding_prompts(trained, prompts, model.default_prompt_name)}
-        if stage.loss:
-            trainer.loss = trainer.prepare_loss(MatryoshkaLoss(model, trainer.loss, **stage.loss), model)
-        return trainer
-    (pretext_rows,) = parts
-    eval_pretext = run.data[stage.eval_data[0]] if stage.eval_data else None
-    loss_settings = dict(stage.loss)
-    if loss_settings.get("lm_head") == "base":
-        loss_settings["lm_head"] = run.lm_head
-    loss = PretextLoss(model, **loss_settings)
-    return LLMEmbedTrainer(model, args, pretext_rows, eval_pretext, loss=loss, callbacks=callbacks)
+    if not all(isinstance(part, tuple) for part in parts):
+        (pretext_rows,) = parts
+        eval_pretext = run.data[stage.eval_data[0]] if stage.eval_data else None
+        settings = {**stage.loss, **({"lm_head": run.lm_head} if "lm_head" in stage.loss and loss is None else {})}
+        loss = loss or PretextLoss(model, **settings)
+        return LLMEmbedTrainer(model, args, pretext_rows, eval_pretext, loss=loss, callbacks=callbacks)
+    rows, eval_rows = ({name: run.data[name][0] for name in names} for names in (stage.data, stage.eval_data))
+    tasks = {run.data[name][1].name: run.data[name][1] for name in (*stage.data, *stage.eval_data)}
+    evaluator = None
+    if stage.eval_tasks:
+        from st_llm_embed.evaluation import TaskEvaluator
+
+        evaluator = TaskEvaluator(stage.eval_tasks, split=stage.eval_split)
+    prompts = dict(model.prompts)
+    trainer = LLMEmbedTrainer(
+        model,
+        args,
+        rows,
+        eval_rows or None,
+        tasks=list(tasks.values()),
+        evaluator=evaluator,
+        callbacks=callbacks,
+    )
+    # What is only evaluated leaves no prompt in the model.
+    trained = [run.data[name][1] for name in stage.data]
+    model.prompts = {**prompts, **encoding_prompts(trained, prompts, model.default_prompt_name)}
+    if stage.loss and loss is None:
+        trainer.loss = trainer.prepare_loss(MatryoshkaLoss(model, trainer.loss, **stage.loss), model)
+    return trainer
 
 
 @contextmanager
 def rehearsed(
-    stage: Stage, model: SentenceTransformer, run: Run, arguments: Mapping[str, Any]
+    number: int, model: SentenceTransformer, run: Run, loss: nn.Module | None = None
 ) -> Iterator[LLMEmbedTrainer]:
-    """What the stage will be trained with, which trains nothing: whatever refuses its settings does so now.
+    """What a stage will be trained with, which trains nothing: whatever refuses its settings does so now.
+
+    Args:
+        number: the stage, from 0.
+        model: its model; or, before that is loaded, a small one of the same tokenizer.
+        run: the run.
+        loss: the loss in place of the stage's own, which a small model cannot have. Default: its own.
 
     Raises:
         ValueError: naming the stage.
@@ -236,27 +404,32 @@ def rehearsed(
     stand_in.prompts = dict(model.prompts)
     stand_in.model_card_data = SentenceTransformerModelCardData()
     stand_in.model_card_data.register_model(stand_in)
-    with naming(f"Stage {stage.name!r}"), tempfile.TemporaryDirectory() as scratch:
+    with run.given.naming("stages", number), tempfile.TemporaryDirectory() as scratch:
+        arguments = dict(run.arguments[number])
+        if loss is not None:
+            arguments.pop("learning_rate_mapping", None)  # which names parameters of the model's own
         args = LLMEmbedTrainingArguments(scratch, **arguments)
-        if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
-            raise ValueError(f"max_steps={args.max_steps}, num_train_epochs={args.num_train_epochs} train nothing.")
         args.push_to_hub = False  # it would make the repository
-        trainer = _trainer(stage, stand_in, run, args)
+        trainer = _trainer(run.config.stages[number], stand_in, run, args, loss)
         trainer.get_train_dataloader()
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
         yield trainer
 
 
-def _card_row(stage: Stage, data: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, str]:
+def _card_row(stage: Stage, run: Run) -> dict[str, str]:
     """A stage in the table of the model card."""
-    kind = stage.arguments.get("stage", 1) if isinstance(data[stage.data[0]], tuple) else "pretext (EBAE + EBAR)"
+    of_task = isinstance(run.data[stage.data[0]], tuple)
     # By name, as an argument may be a token or a path of this machine.
-    settings = {key: value for key, value in {**arguments, **stage.arguments}.items() if key in SHOWN}
+    settings = {key: value for key, value in {**run.config.arguments, **stage.arguments}.items() if key in SHOWN}
+    if lora := run.config.model_of(stage).get("lora"):
+        settings["lora"] = lora
+    settings |= {key: value for key, value in stage.loss.items() if key != "lm_head"}
+    mined = [f"{name} by {Path(teacher).name}" for name, teacher in run.teachers(stage).items()]
     return {
         "": stage.name,
-        "stage": str(kind),
-        "data": describe_data(stage, data),
+        "stage": str(stage.arguments.get("stage", 1)) if of_task else "pretext (EBAE + EBAR)",
+        "data": describe_data(stage, run.data) + (f"; negatives mined: {', '.join(mined)}" if mined else ""),
         "arguments": ", ".join(f"`{key}={value!r}`" for key, value in settings.items()),
     }
 
@@ -268,17 +441,3 @@ def describe_data(stage: Stage, data: Mapping[str, Any]) -> str:
         rows = data[name][0] if isinstance(data[name], tuple) else data[name]
         sizes[name] = f"{len(rows):,} rows" if isinstance(rows, Dataset) else "a stream"
     return ", ".join(f"{name} ({size})" for name, size in sizes.items())
-
-
-def begin(settings: Mapping[str, Any], previous: Path | None) -> SentenceTransformer:
-    """The model that is to be trained, with the weights and prompts of the last stage.
-
-    Args:
-        settings: the configuration.
-        previous: the folder of the last stage's model.
-    """
-    set_seed(settings["seed"])
-    model = build_model(**settings["model"])
-    if previous is not None:
-        load_saved(model, previous)
-    return model

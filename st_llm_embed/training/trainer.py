@@ -130,6 +130,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             false_negative_margin=self.args.false_negative_margin,
             mini_batch_size=self.args.mini_batch_size,
             gather_across_devices=self.args.gather_across_devices,
+            spread_weight=self.args.spread_weight,
         )
 
     def override_model_in_loss(self, loss: nn.Module, model: nn.Module) -> nn.Module:

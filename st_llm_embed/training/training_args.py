@@ -10,7 +10,7 @@ from transformers.trainer_utils import HubStrategy
 
 from st_llm_embed.tasks import Task
 
-OF_THE_LOSS = ("temperature", "false_negative_margin", "mini_batch_size", "gather_across_devices")
+OF_THE_LOSS = ("temperature", "false_negative_margin", "mini_batch_size", "gather_across_devices", "spread_weight")
 OF_IN_BATCH_NEGATIVES = ("false_negative_margin", "gather_across_devices")
 OF_THE_HOSTS_BATCHES = ("batch_sampler", "multi_dataset_batch_sampler")
 NOT_OF_THE_HOST = ("label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy")
@@ -34,6 +34,8 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
             out.
         mini_batch_size: how many texts to embed at a time, twice, to fit a large batch into memory (GradCache).
         gather_across_devices: whether other processes' rows count for in-batch negatives.
+        spread_weight: the weight of the spread-out regulariser, such as 0.1, which keeps vectors apart and so lets
+            them be compressed. Default: without it.
 
     Raises:
         ValueError: for another stage, a number that is not positive, or ``push_to_hub`` during training.
@@ -47,6 +49,7 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
     false_negative_margin: float | None = field(default=None, metadata={"help": "Share of the positive's score."})
     mini_batch_size: int | None = field(default=None, metadata={"help": "Texts embedded at a time (GradCache)."})
     gather_across_devices: bool = field(default=False, metadata={"help": "In-batch negatives of all processes."})
+    spread_weight: float | None = field(default=None, metadata={"help": "Weight of the spread-out regulariser."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +58,13 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
                 f"stage={self.stage!r} is unknown. Valid stages: 1 (retrieval, in-batch and hard negatives) and 2 "
                 "(everything, own hard negatives only)."
             )
-        for name in ("temperature", "sampling_temperature", "false_negative_margin", "mini_batch_size"):
+        for name in (
+            "temperature",
+            "sampling_temperature",
+            "false_negative_margin",
+            "mini_batch_size",
+            "spread_weight",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} must be positive.")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
 from transformers import dynamic_module_utils
 
@@ -40,10 +42,15 @@ def fetch(
         pickles: whether the folder may hold pickles of weights, for who reads them as tensors only.
 
     Raises:
+        FileNotFoundError: for a path that is no folder.
         ValueError: see ``check_data``.
     """
     root = Path(source)
     if not root.is_dir():
+        try:
+            validate_repo_id(str(source))
+        except HFValidationError as error:
+            raise FileNotFoundError(f"There is no folder {source}, and no repository can be called so.") from error
         unread = None if only else [*PICKLES, *OTHER_FORMATS]
         root = Path(
             snapshot_download(
@@ -93,6 +100,10 @@ def load_trusted(folder: str | Path, trust_remote_code: bool = False, **kwargs: 
         ValueError: for code without consent, a folder that does not hold data alone, or one that cannot be loaded.
     """
     root = fetch(folder)
+    if not any((root / name).is_file() for name in ("modules.json", "config.json", "adapter_config.json")):
+        held = sorted(str(file.parent) for file in root.glob("*/*/modules.json"))
+        hint = f" There are: {', '.join(held)}." if held else ""
+        raise ValueError(f"{root} holds no model: it has neither a modules.json nor a config.json.{hint}")
     unknown = check_no_code(root, trust_remote_code)
     check_base(root, trust_remote_code)
     with loading(root):
