@@ -46,6 +46,7 @@ from st_llm_embed.weights.gguf import unpack_gguf
 # peft takes these for the experts' own weights, of whatever module they are.
 EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 KERNEL_NAMES = {"dt_proj", "out_proj"}
+LENGTHS = ("max_seq_length", "query_length", "document_length")
 # Of peft.LoraConfig, what has the effect that it says, whatever maps are adapted.
 LORA_ARGUMENTS = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights"),
@@ -128,7 +129,7 @@ class Outline:
 
     Args:
         tokenizer: the tokenizer, as the model's will be.
-        lengths: the largest numbers of tokens: ``max_seq_length``, ``query_length``, ``document_length``.
+        lengths: the largest numbers of tokens, by ``LENGTHS``.
         prompts: the prompts that it has before training.
         default_prompt_name: the name of its default prompt.
         add_eos: whether every text ends with EOS.
@@ -187,7 +188,7 @@ def outline_model(
     if settings.lora is not None:
         check_lora(config, settings.lora)
     tokenizer.add_tokens([AddedToken(token, special=True) for token in chosen.added_tokens])
-    lengths = {name: settings.backbone.get(name) for name in ("max_seq_length", "query_length", "document_length")}
+    lengths = {name: settings.backbone.get(name) for name in LENGTHS}
     return Outline(
         tokenizer,
         {**lengths, "max_seq_length": lengths["max_seq_length"] or tokenizer.model_max_length},

@@ -259,7 +259,7 @@ def test_shared_arguments_reach_the_stages_that_they_have_an_effect_on():
 
     def arguments_of(stages: list[Stage], **shared: object) -> list[dict]:
         arguments = {"seed": 1, "report_to": [], **shared}
-        return stage_arguments(RunConfig("run", {}, data, stages, arguments), data, Given({}))
+        return stage_arguments(RunConfig("run", {}, data, stages, arguments), data, Given({}), {})
 
     always = {"seed": 1, "report_to": []}
     first, second, third = arguments_of(stages, **shared)

@@ -18,7 +18,6 @@ from st_llm_embed.cli.shared import (
     add_columns,
     add_trust,
     shows_progress,
-    state_card,
 )
 
 SECTION = """## A shared space
@@ -50,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.data.corpus import read_corpus
     from st_llm_embed.files import check_empty
     from st_llm_embed.hub import save_sealed
+    from st_llm_embed.hub.card import state_card
     from st_llm_embed.mining import load_teacher
     from st_llm_embed.teaching import align
     from st_llm_embed.trust import load_trusted
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         cache_folder=arguments.cache_folder,
         show_progress_bar=shows_progress(),
     )
-    state_card(model, arguments)
+    state_card(model, arguments.name, arguments.license)
     name = Path(arguments.teacher).resolve().name if Path(arguments.teacher).is_dir() else arguments.teacher
     section = SECTION.format(teacher=name, cosine=alignment.cosine, held_out=alignment.held_out)
     print(f"Wrote {save_sealed(model, arguments.output, section, samples=arguments.samples)}.")

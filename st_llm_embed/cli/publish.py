@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from st_llm_embed.cli.shared import add_card, add_trust, state_card
+from st_llm_embed.cli.shared import add_card, add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.hub import publish
+    from st_llm_embed.hub.card import state_card
     from st_llm_embed.trust import load_trusted
 
     model = load_trusted(arguments.folder, arguments.trust_remote_code)
-    state_card(model, arguments)
+    state_card(model, arguments.name, arguments.license)
     names = ("adapter", "private", "exist_ok", "create_pr", "revision", "samples")
     url = publish(model, arguments.repo_id, **{name: getattr(arguments, name) for name in names})
     print(f"Published: {url}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from st_llm_embed.cli.shared import NEW_FOLDER, add_card, add_trust, state_card
+from st_llm_embed.cli.shared import NEW_FOLDER, add_card, add_trust
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.files import check_empty
     from st_llm_embed.hub import save_sealed
+    from st_llm_embed.hub.card import state_card
     from st_llm_embed.trust import load_trusted
 
     check_empty(Path(arguments.output).resolve())
     model = load_trusted(arguments.source, arguments.trust_remote_code)
-    state_card(model, arguments)
+    state_card(model, arguments.name, arguments.license)
     print(f"Wrote {save_sealed(model, arguments.output, samples=arguments.samples)}.")

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 NEW_FOLDER = "the folder to write; it must not exist, or be empty"
 MODEL = "the folder or Hub id of a sentence-transformers model"
@@ -35,14 +31,6 @@ def add_card(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="the name of the model, the title of its card")
     parser.add_argument("--license", help="the licence of the model, such as apache-2.0 (default: its base's)")
     parser.add_argument("--samples", action="store_true", help="leave rows of the training data in the card")
-
-
-def state_card(model: SentenceTransformer, arguments: argparse.Namespace) -> None:
-    """Tell the model's card what ``add_card`` asked for."""
-    if arguments.name:
-        model.model_card_data.model_name = arguments.name
-    if arguments.license:
-        model.model_card_data.set_license(arguments.license)
 
 
 def add_columns(parser: argparse.ArgumentParser, flag: str, of: str) -> None:

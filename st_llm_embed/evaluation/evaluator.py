@@ -45,7 +45,8 @@ class TaskEvaluator(SentenceEvaluator):
         for task in self.tasks:
             with named_if_offline(task):
                 task.load_data()
-        self.primary_metric = _metric(self.tasks[0])
+        self.metrics = [_metric(task) for task in self.tasks]
+        self.primary_metric = self.metrics[0]
 
     def __call__(
         self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1

@@ -53,6 +53,14 @@ with torch.no_grad():
 ```"""
 
 
+def state_card(model: SentenceTransformer, name: str | None = None, license: str | None = None) -> None:
+    """Give the model's card a name, its title, and a licence."""
+    if name:
+        model.model_card_data.model_name = name
+    if license:
+        model.model_card_data.set_license(license)
+
+
 def inherit_license(model: SentenceTransformer) -> None:
     """Give the model's card the licence that its base's card names, if its own names none."""
     card = model.model_card_data

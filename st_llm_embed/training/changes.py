@@ -65,13 +65,14 @@ def find_changes(given: Given, config: RunConfig, output: Path, before: Any) -> 
         name for stage in earlier.stages if stage.name in names_before for name in stage.data + stage.eval_data
     }
     old, new = _flat(earlier), _flat(config)
+    common = {path[:2] for path in old} & {path[:2] for path in new}
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) == new.get(path):
             continue
         change = f"{'.'.join(path)} was {old.get(path)!r} and is {new.get(path)!r}"
         if names_before and _matters(path, done, names_before, of_begun):
             faults.append(change)
-        elif path[:2] in {known[:2] for known in old} & {known[:2] for known in new}:
+        elif path[:2] in common:
             changes.append(change)
         elif f"{'.'.join(path[:2])} is new" not in changes and path in new:
             changes.append(f"{'.'.join(path[:2])} is new")

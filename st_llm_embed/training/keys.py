@@ -6,12 +6,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from st_llm_embed.model import LORA_ARGUMENTS, build_model
+from st_llm_embed.model import LENGTHS, LORA_ARGUMENTS, build_model
 from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling
 from st_llm_embed.recipes import RECIPES
 from st_llm_embed.training.run_config import (
     COLUMNS,
-    LENGTHS,
     LIMITS,
     LORA_OR_NOT,
     MINE,

@@ -39,7 +39,7 @@ def describe_run(config: str | Path | Mapping[str, Any], assignments: Mapping[st
             lines.append(f"  is finished: {folder / 'model'}")
             continue
         lines += [f"  {line}" for line in _mining(run, [*stage.data, *stage.eval_data])]
-        if model is None or run.differs(number):
+        if model is None or run.config.differs(number):
             model = None
             before = run.before(number)
             model = begin(run.config, number, before if before and before.is_dir() else None)

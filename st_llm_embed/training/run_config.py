@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from datasets import IterableDataset
 from peft import LoraConfig
@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.mining import mine_negatives
-from st_llm_embed.model import LORA_ARGUMENTS, build_model
+from st_llm_embed.model import LENGTHS, LORA_ARGUMENTS, build_model
 from st_llm_embed.modules import LLMBackbone
 from st_llm_embed.recipes import RECIPES
 from st_llm_embed.tasks import KINDS, Task
@@ -25,7 +25,9 @@ from st_llm_embed.training.schema import NewPath, Part, PathText, check, choice,
 from st_llm_embed.training.stage_data import PRETEXT, READERS, read_pretext
 from st_llm_embed.training.training_args import LLMEmbedTrainingArguments
 
-LENGTHS = ("max_seq_length", "query_length", "document_length")  # that a stage may have of its own
+if TYPE_CHECKING:
+    from st_llm_embed.evaluation import TaskEvaluator  # which needs mteb
+
 FROM_1 = {"ge": 1}
 SHARE = {"ge": 0, "le": 1}
 LIMITS = {
@@ -185,6 +187,10 @@ class RunConfig:
     def model_of(self, stage: Stage) -> dict[str, Any]:
         """The model's settings in a stage."""
         return {**self.model, **stage.model}
+
+    def differs(self, number: int) -> bool:
+        """Whether a stage's model is made otherwise than that of the stage before."""
+        return number > 0 and self.model_of(self.stages[number]) != self.model_of(self.stages[number - 1])
 
 
 def _name(value: Any) -> Any:
@@ -416,18 +422,22 @@ def _check_stage(stage: Stage, config: RunConfig) -> None:
         raise ValueError("has eval_tasks, and pretext data, after which there is nothing to retrieve with yet.")
 
 
-def stage_arguments(config: RunConfig, data: Mapping[str, Any], given: Given) -> list[dict[str, Any]]:
+def stage_arguments(
+    config: RunConfig, data: Mapping[str, Any], given: Given, evaluators: Mapping[str, TaskEvaluator]
+) -> list[dict[str, Any]]:
     """The training arguments of each stage: its own, and those of the configuration that are not for others only.
 
     Args:
         config: the configuration.
         data: each data set, as ``read_data`` gives it.
         given: the configuration as it was given, for messages.
+        evaluators: what evaluates a stage's ``eval_tasks``, by the stage's name.
 
     Raises:
         ValueError: naming the stage whose arguments cannot be, or have no effect.
     """
     shared = {"report_to": [], "seed": config.seed, **config.arguments}
+    metrics = {stage.name: _metrics(stage, data, evaluators.get(stage.name)) for stage in config.stages}
     merged = []
     for number, stage in enumerate(config.stages):
         with given.naming("stages", number):
@@ -436,7 +446,7 @@ def stage_arguments(config: RunConfig, data: Mapping[str, Any], given: Given) ->
                     "has eval_data or eval_tasks, and no eval_strategy. Say when to evaluate, such as eval_strategy: "
                     "steps and eval_steps: 100."
                 )
-            merged.append(_best_model(stage, data, {**shared, **stage.arguments}))
+            merged.append(_best_model(stage, metrics[stage.name], {**shared, **stage.arguments}))
     tasks = [
         [part[1] for part in map(data.get, stage.data) if isinstance(part, tuple)] or None for stage in config.stages
     ]
@@ -453,7 +463,9 @@ def stage_arguments(config: RunConfig, data: Mapping[str, Any], given: Given) ->
             if not all(name in others for others in idle):
                 del arguments[name]
         with given.naming("stages", number):
-            _check_arguments(stage, arguments, config.arguments, idle[number], tasks[number], data)
+            _check_arguments(
+                stage, arguments, config.arguments, idle[number], tasks[number], data, metrics[stage.name]
+            )
     return merged
 
 
@@ -472,6 +484,7 @@ def _check_arguments(
     idle: Mapping[str, str],
     tasks: list[Task] | None,
     data: Mapping[str, Any],
+    metrics: list[str],
 ) -> None:
     args = LLMEmbedTrainingArguments("unused", **arguments)
     args.check_effect(tasks, False)
@@ -494,11 +507,10 @@ def _check_arguments(
     for name in OF_EVALUATION:
         if name in idle and name in arguments:
             raise ValueError(f"the training argument {name}={arguments[name]!r} has no effect: {idle[name]}.")
-    if not (stage.eval_data or stage.eval_tasks):
+    if not metrics:
         return
     if args.eval_strategy == "no":
         raise ValueError("has eval_data or eval_tasks, and eval_strategy: no. Leave out one of them.")
-    metrics = _metrics(stage, data)
     chosen = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
     if chosen not in metrics:
         raise ValueError(
@@ -506,25 +518,18 @@ def _check_arguments(
         )
 
 
-def _metrics(stage: Stage, data: Mapping[str, Any]) -> list[str]:
+def _metrics(stage: Stage, data: Mapping[str, Any], evaluator: TaskEvaluator | None) -> list[str]:
     """The figures by which the best model of a stage can be told."""
     # The host's names: with tasks, data sets come by name.
     losses = [f"eval_{name}_loss" if isinstance(data[name], tuple) else "eval_loss" for name in stage.eval_data]
-    if not stage.eval_tasks:
-        return losses
-    from st_llm_embed.evaluation.evaluate import find_tasks
-
-    return [
-        f"eval_{task.metadata.name}_{task.metadata.main_score}"
-        for task in find_tasks(stage.eval_tasks, stage.eval_split)
-    ] + losses
+    return [f"eval_{metric}" for metric in (evaluator.metrics if evaluator else ())] + losses
 
 
-def _best_model(stage: Stage, data: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _best_model(stage: Stage, metrics: list[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments, and those by which the best model is told and kept."""
-    if not (stage.eval_data or stage.eval_tasks):
+    if not metrics:
         return dict(arguments)
-    metric = _metrics(stage, data)[0]
+    metric = metrics[0]
     best: dict[str, Any] = {"metric_for_best_model": metric, "greater_is_better": not metric.endswith("_loss")}
     if stage.early_stopping_patience is not None:
         best["load_best_model_at_end"] = True

@@ -30,7 +30,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from datasets import Dataset
@@ -42,8 +42,9 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 
 from st_llm_embed.files import check_room, read_json, size_of, write_json, written_beside
 from st_llm_embed.hub import save_sealed
-from st_llm_embed.hub.card import record_training
+from st_llm_embed.hub.card import record_training, state_card
 from st_llm_embed.losses import PretextLoss
+from st_llm_embed.model import Outline
 from st_llm_embed.tasks import encoding_prompts
 from st_llm_embed.training.changes import find_changes
 from st_llm_embed.training.configuration import Given
@@ -65,6 +66,9 @@ from st_llm_embed.training.trainer import LLMEmbedTrainer
 from st_llm_embed.training.training_args import OF_TASKS, LLMEmbedTrainingArguments
 from st_llm_embed.trust import fetch, load_trusted
 from st_llm_embed.weights.merging import has_adapter, merge_adapter
+
+if TYPE_CHECKING:
+    from st_llm_embed.evaluation import TaskEvaluator  # which needs mteb
 
 logger = logging.getLogger(__name__)
 SHOWN = (  # in cards
@@ -101,7 +105,7 @@ def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[st
             check_whole(folder / "model")
             previous = folder / "model"
             continue
-        if rehearsing is None or run.differs(number):
+        if rehearsing is None or run.config.differs(number):
             model = rehearsing = None  # two at once may not fit into memory
             goes_on = previous == run.before(number)
             rehearsing = begin(run.config, number, previous if goes_on else None)
@@ -121,7 +125,7 @@ def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[st
             if not (folder / "model").is_dir():
                 for name in (*stage.data, *stage.eval_data):
                     run.mine(name)
-                if model is None or run.differs(number):
+                if model is None or run.config.differs(number):
                     model = None
                     model = begin(run.config, number, previous)
                 set_seed(run.config.seed + number + 1)  # adapters' dropout, and nothing else, depends on it
@@ -183,10 +187,7 @@ def _sealed(run: Run, model: Path, trusts: bool) -> Path:
     trained = load_trusted(model, trusts)
     if settings.get("merge") and has_adapter(trained):
         trained = merge_adapter(trained)
-    if run.config.name is not None:
-        trained.model_card_data.model_name = run.config.name
-    if "license" in settings:
-        trained.model_card_data.set_license(settings["license"])
+    state_card(trained, run.config.name, settings.get("license"))
     write_json(mark, made_of)  # first: a sealed folder is whole or not there
     save_sealed(trained, sealed, samples=settings.get("samples", False))
     return sealed
@@ -203,6 +204,7 @@ class Run:
         data: each data set that a stage names, as ``read_data`` gives it; of what is to be mined, with rows that stand
             for its negatives until it is.
         mines: the rows that are to be mined, by the name of the data set.
+        evaluators: what evaluates a stage's ``eval_tasks``, by the stage's name.
         arguments: the training arguments of each stage.
     """
 
@@ -211,6 +213,7 @@ class Run:
     text: str
     data: dict[str, Any]
     mines: dict[str, Dataset]
+    evaluators: dict[str, TaskEvaluator]
     arguments: list[dict[str, Any]]
 
     @property
@@ -230,11 +233,6 @@ class Run:
         """The model that a stage goes on from."""
         return self.folders[number - 1] / "model" if number else None
 
-    def differs(self, number: int) -> bool:
-        """Whether a stage's model is made otherwise than that of the stage before."""
-        stages = self.config.stages
-        return number > 0 and self.config.model_of(stages[number]) != self.config.model_of(stages[number - 1])
-
     def teachers(self, stage: Stage) -> dict[str, str]:
         """The teachers that mine the negatives of a stage's data sets."""
         mined = {name: self.config.data[name]["mine"] for name in stage.data if "mine" in self.config.data[name]}
@@ -252,7 +250,7 @@ class Run:
                 mined = mined_rows(rows, self.config.data[name], self.output / "mined" / name, finished)
             self.data[name] = (mined, self.data[name][1])
 
-    @property
+    @cached_property
     def earlier_card(self) -> Path | None:
         """The card of the model that the run was begun from."""
         load = self.config.model.get("load")
@@ -284,8 +282,11 @@ def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str
             logger.warning("The run in %s goes on: %s.", output, change)
         if (output / LOCK).is_file():  # refused at once, if it is held
             lock_of(output).release()
-    outlines = []
+    outlines: list[Outline | None] = []
     for number, stage in enumerate(settings.stages):
+        if number and not settings.differs(number):
+            outlines.append(outlines[-1])
+            continue
         with given.naming(*(("stages", number, "model") if stage.model else ("model",))):
             outlines.append(outline_stage(settings, stage))
     data: dict[str, Any] = {}
@@ -302,9 +303,16 @@ def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str
                 check_mining(rows, mining, [stage.name for stage in settings.stages])
                 mines[name] = rows
                 data[name] = stand_in(rows, mining), task
-    arguments = stage_arguments(settings, data, given)
+    evaluators: dict[str, TaskEvaluator] = {}
+    for number, stage in enumerate(settings.stages):
+        if stage.eval_tasks:
+            with given.naming("stages", number):
+                from st_llm_embed.evaluation import TaskEvaluator
+
+                evaluators[stage.name] = TaskEvaluator(stage.eval_tasks, split=stage.eval_split)
+    arguments = stage_arguments(settings, data, given, evaluators)
     text = yaml.safe_dump(without_tokens(given.values), sort_keys=True)
-    run = Run(settings, given, text, data, mines, arguments)
+    run = Run(settings, given, text, data, mines, evaluators, arguments)
     for number, (stage, outline) in enumerate(zip(settings.stages, outlines, strict=True)):
         if outline is None:
             continue
@@ -316,27 +324,12 @@ def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str
             small = SentenceTransformer(modules=[StaticEmbedding(outline.tokenizer, embedding_dim=8)])
             with rehearsed(number, small, run, nn.Identity()):
                 pass
-        if stage.eval_tasks:
-            with given.naming("stages", number, "eval_tasks"):
-                check_tasks(stage.eval_tasks, stage.eval_split)
     if settings.evaluate is not None:
         with given.naming("evaluate"):
-            check_tasks(settings.evaluate.tasks, settings.evaluate.split)
+            from st_llm_embed.evaluation.evaluate import choose_tasks, read_through
+
+            read_through(choose_tasks(settings.evaluate.tasks, settings.evaluate.split))
     return run
-
-
-def check_tasks(tasks: list[str], split: str) -> None:
-    """Check that there are such tasks, and that those of folders can be read."""
-    try:
-        from st_llm_embed.evaluation.evaluate import find_tasks
-        from st_llm_embed.evaluation.local_tasks import LocalTask
-    except ModuleNotFoundError as error:
-        raise ImportError(f"Evaluation needs {error.name}. Fix: pip install 'st-llm-embed[mteb]'.") from error
-
-    for task in find_tasks(tasks, split):
-        if isinstance(task, LocalTask):
-            task.load_data()
-            task.unload_data()
 
 
 def _is_first_process() -> bool:
@@ -362,11 +355,6 @@ def _trainer(
         return LLMEmbedTrainer(model, args, pretext_rows, eval_pretext, loss=loss, callbacks=callbacks)
     rows, eval_rows = ({name: run.data[name][0] for name in names} for names in (stage.data, stage.eval_data))
     tasks = {run.data[name][1].name: run.data[name][1] for name in (*stage.data, *stage.eval_data)}
-    evaluator = None
-    if stage.eval_tasks:
-        from st_llm_embed.evaluation import TaskEvaluator
-
-        evaluator = TaskEvaluator(stage.eval_tasks, split=stage.eval_split)
     prompts = dict(model.prompts)
     trainer = LLMEmbedTrainer(
         model,
@@ -374,7 +362,7 @@ def _trainer(
         rows,
         eval_rows or None,
         tasks=list(tasks.values()),
-        evaluator=evaluator,
+        evaluator=run.evaluators.get(stage.name),
         callbacks=callbacks,
     )
     # What is only evaluated leaves no prompt in the model.

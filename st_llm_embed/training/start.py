@@ -15,14 +15,14 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from st_llm_embed.files import read_json
 from st_llm_embed.losses.pretext_prompts import read_prompts
-from st_llm_embed.model import Outline, add_lora, build_model, check_lora, outline_model
+from st_llm_embed.model import LENGTHS, Outline, add_lora, build_model, check_lora, outline_model
 from st_llm_embed.modules import LLMBackbone
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG
 from st_llm_embed.modules.special_tokens import special_ids
 from st_llm_embed.recipes import RECIPES
 from st_llm_embed.tasks import Task, encoding_prompts
 from st_llm_embed.training.configuration import Given
-from st_llm_embed.training.run_config import LENGTHS, RunConfig, Stage, read_run
+from st_llm_embed.training.run_config import RunConfig, Stage, read_run
 from st_llm_embed.training.stage_data import PRETEXT, task_of
 from st_llm_embed.trust import check_base, check_no_code, fetch, load_trusted, loading
 from st_llm_embed.weights.merging import has_adapter, merge_adapter
