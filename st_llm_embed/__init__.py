@@ -7,13 +7,14 @@ from st_llm_embed.version import __version__
 
 if TYPE_CHECKING:
     from st_llm_embed.hub import publish
-    from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
+    from st_llm_embed.losses import DistillationLoss, InstructionContrastiveLoss, PretextLoss
     from st_llm_embed.model import build_model
     from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling
     from st_llm_embed.tasks import Task
     from st_llm_embed.training import LLMEmbedTrainer, LLMEmbedTrainingArguments
 
 __all__ = [
+    "DistillationLoss",
     "InstructionContrastiveLoss",
     "LLMBackbone",
     "LLMEmbedTrainer",
@@ -29,7 +30,7 @@ __all__ = [
 # Where each name is: importing the package imports no torch.
 HOMES = {
     "hub": ("publish",),
-    "losses": ("InstructionContrastiveLoss", "PretextLoss"),
+    "losses": ("DistillationLoss", "InstructionContrastiveLoss", "PretextLoss"),
     "model": ("build_model",),
     "modules": ("LLMBackbone", "LatentAttentionPooling", "PromptTokenPooling"),
     "tasks": ("Task",),

@@ -1,8 +1,10 @@
 """What a text-embedding model is asked to do, as data: the instruction, where it goes, and which negatives are safe.
 
 One ``Task`` gives the prompts for training (``prompts=`` of the training arguments), for ``encode``
-(``model.prompts``, saved with the model) and for evaluation. The prompt's form is NV-Embed's (arXiv 2405.17428):
-``Instruct: {task}\\nQuery: `` before queries, nothing before documents; both sides of a symmetric task get it.
+(``model.prompts``, saved with the model) and for evaluation. The prompt's form is the model's own where its prompts
+show one (``template_of``), such as EmbeddingGemma's ``task: {instruction} | query: ``; in a model without prompts it
+is NV-Embed's (arXiv 2405.17428): ``Instruct: {instruction}\\nQuery: `` before queries, nothing before documents.
+Both sides of a symmetric task get it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,25 @@ KINDS = {
     "clustering": (True, False),
     "pair": (True, False),
     "bitext": (True, True),
+    "documents": (False, False),  # single texts, which a teacher says something of
 }
+
+# The type of the symmetric kinds in mteb, by which EmbeddingGemma, nomic-embed and others name their prompts for them.
+TYPES = {
+    "sts": "STS",
+    "classification": "Classification",
+    "clustering": "Clustering",
+    "pair": "PairClassification",
+    "bitext": "BitextMining",
+}
+TEXT, INSTRUCTION = "{text}", "{instruction}"  # the places in a prompt
+NV_EMBED = "Instruct: {instruction}\nQuery: "
+TEMPLATE = re.compile(  # all repetitions but one are bounded: it is run on prompts that others wrote
+    r"(?P<before>\s{0,9}(?:(?:instruct|task)\w{0,9}\s?[:：]|<\|?(?:instruct\w{0,9}|task|user)\|?>)\s{0,9})"
+    r"\S(?:.*\S)?"
+    r"(?P<after>\s{0,9}[\n\r|]\s{0,9}(?:\w{1,30}(?: \w{1,30})?\s?[:：]|<\|?\w{1,30}\|?>)\s{0,9})",
+    re.IGNORECASE | re.DOTALL,
+)
 
 # The prompts that sentence-transformers looks for: the first that a model has, even an empty one.
 OF_DOCUMENTS = "-document"  # ends the name of the prompt of one task's documents
@@ -38,7 +58,9 @@ class Task:
         name: the key of its data set and of its prompt in ``model.prompts``; none of ``query``, ``document``,
             ``passage``, ``corpus``, ``similarity``, which are every task's.
         instruction: one sentence that says what to do, such as "Given a question, retrieve passages that answer it".
-        kind: the kind of task: ``retrieval``, ``sts``, ``classification``, ``clustering``, ``pair`` or ``bitext``.
+            It is put into the model's own template, where its prompts show one.
+        kind: the kind of task: ``retrieval``, ``sts``, ``classification``, ``clustering``, ``pair``, ``bitext``; or
+            ``documents``, single texts for a teacher to speak of, which need no instruction.
         in_batch_negatives: whether the texts of a batch's other rows may serve as negatives. Default: by kind; off
             where another row is likely to share the class.
         negatives: how many hard negatives each row of its data has. Default: any number.
@@ -46,35 +68,51 @@ class Task:
         document_prompt: the prompt of its documents, such as ``"passage: "``. What the model's own has after the text
             (LLaRA's does) stays there, unless ``{text}`` says where the text goes. Default: what the model gives all
             documents.
+        query_prompt: the prompt of its queries, or of its texts in a symmetric task, in place of the model's own: such
+            as ``"query: "``, or ``"Search, {instruction}: "`` with the instruction at ``{instruction}``; ``""`` for
+            none. What the model's own has after the text stays there, unless ``{text}`` says where the text goes.
+            Default: the model's own, with the instruction in its template.
 
     Raises:
-        ValueError: for an unknown kind, an empty or reserved name, an instruction that is empty or has ``{text}`` in
-            it, a negative number of negatives, a weight that is not positive, or a prompt of documents for a
-            symmetric task, which has none.
+        ValueError: for an unknown kind, an empty or reserved name, an instruction that is empty or has ``{text}`` or
+            ``{instruction}`` in it, a negative number of negatives, a weight that is not positive, a prompt of
+            documents for a symmetric task, which has none, or a prompt of queries with other places than one
+            ``{instruction}`` and one ``{text}``.
     """
 
     name: str
-    instruction: str
+    instruction: str = ""
     kind: str = "retrieval"
     in_batch_negatives: bool | None = None
     negatives: int | None = None
     weight: float = 1.0
     document_prompt: str | None = None
+    query_prompt: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"Task {self.name!r} has kind={self.kind!r}. Valid kinds: {', '.join(KINDS)}.")
-        if not self.name or not self.instruction:
-            raise ValueError(f"A task needs a name and an instruction; got {self.name!r} and {self.instruction!r}.")
+        if not self.name or bool(self.instruction.strip()) == (self.kind == "documents"):
+            raise ValueError(
+                f"A task needs a name and an instruction, but that one of the kind 'documents' has none; got "
+                f"{self.name!r}, {self.instruction!r} and {self.kind!r}."
+            )
         if self.name in (*QUERY, *DOCUMENT, *SIMILARITY):
             raise ValueError(
                 f"A task cannot be called {self.name!r}: its prompt would be that of all queries, documents or texts, "
                 f"whatever the task. Give it a name of its own, such as 'my_{self.name}'."
             )
-        if "{text}" in self.instruction:
+        for place in (TEXT, INSTRUCTION):
+            if place in self.instruction:
+                raise ValueError(
+                    f"Task {self.name!r} has {place!r} in its instruction {self.instruction!r}. The instruction is "
+                    f"put before the text: leave {place!r} out."
+                )
+        places = re.findall(r"\{\w*\}", self.query_prompt or "")
+        if set(places) - {TEXT, INSTRUCTION} or len(places) > len(set(places)):
             raise ValueError(
-                f"Task {self.name!r} has '{{text}}' in its instruction {self.instruction!r}. The instruction is put "
-                "before the text: leave '{text}' out."
+                f"Task {self.name!r} has query_prompt={self.query_prompt!r}. In braces it may have {INSTRUCTION!r}, "
+                f"where the task's instruction goes, and {TEXT!r}, where the text goes, each once: {NV_EMBED!r}."
             )
         if self.negatives is not None and self.negatives < 0:
             raise ValueError(f"Task {self.name!r} has negatives={self.negatives}. It must be 0 or more, or None.")
@@ -95,7 +133,8 @@ class Task:
 
     @property
     def prompt(self) -> str:
-        return f"Instruct: {self.instruction}\nQuery: "
+        """The prompt of its queries or symmetric texts in a model that has no prompts: NV-Embed's form."""
+        return self._instructed(NV_EMBED)
 
     def column_prompts(
         self, columns: Iterable[str], model_prompts: Mapping[str, str], default_prompt_name: str | None = None
@@ -117,18 +156,32 @@ class Task:
         return prompts
 
     def encoding_prompt(self, model_prompts: Mapping[str, str], default_prompt_name: str | None = None) -> str:
-        """The prompt of the task's queries, or of its texts where all are of one sort."""
-        model_prompt = prompt_of(SIMILARITY if self.symmetric else QUERY, model_prompts, default_prompt_name)
-        return before_text(self.prompt, model_prompt)
+        """The prompt of the task's queries, or of its texts where all are of one sort.
+
+        It is ``query_prompt``, or else goes by the model's own prompt: the first of that by the task's name, which an
+        earlier training left; ``query``, or for symmetric texts mteb's name of their kind and ``similarity``; and the
+        default. The instruction takes the place of the one there. A prompt without a place for one stays as it is.
+        Where the model has none, the template is that of queries or of another prompt, or NV-Embed's; but in a model
+        whose queries take no instruction, symmetric texts take none either.
+        """
+        names = (self.name, *((TYPES[self.kind], *SIMILARITY) if self.symmetric else QUERY))
+        own = prompt_of(names, model_prompts, default_prompt_name)
+        form = template_of(own) if self.query_prompt is None else self.query_prompt
+        if form is None and self.name not in model_prompts:
+            form = _template_of_model(model_prompts, default_prompt_name) or NV_EMBED
+            form = form if INSTRUCTION in form else None
+        return own if form is None else before_text(self._instructed(form), own)
+
+    def _instructed(self, form: str) -> str:
+        # Stripped: the next training reads the template off what this one wrote.
+        return form.replace(INSTRUCTION, self.instruction.strip())
 
     def encoding_document_prompt(
         self, model_prompts: Mapping[str, str], default_prompt_name: str | None = None
     ) -> str:
         """The prompt of the task's documents: its own, with what the model's has after the text, or the model's."""
         model_prompt = prompt_of(DOCUMENT, model_prompts, default_prompt_name)
-        if self.document_prompt is None or "{text}" in self.document_prompt:
-            return model_prompt if self.document_prompt is None else self.document_prompt
-        return before_text(self.document_prompt, model_prompt)
+        return model_prompt if self.document_prompt is None else before_text(self.document_prompt, model_prompt)
 
     def column_sides(self, columns: Iterable[str]) -> dict[str, str]:
         """Which columns are cut as queries and which as documents; a symmetric task's texts are neither."""
@@ -175,10 +228,46 @@ def prompt_of(names: Iterable[str], model_prompts: Mapping[str, str], default_pr
     return "" if prompt_name is None else model_prompts.get(prompt_name) or ""
 
 
-def before_text(instruction: str, model_prompt: str) -> str:
-    """``instruction`` before the text, and what ``model_prompt`` has after it."""
-    _, text, suffix = model_prompt.partition("{text}")
-    return instruction + text + suffix
+def before_text(prompt: str, model_prompt: str) -> str:
+    """``prompt`` before the text, and what ``model_prompt`` has after it, unless ``prompt`` says where the text is."""
+    _, text, suffix = model_prompt.partition(TEXT)
+    return prompt if TEXT in prompt else prompt + text + suffix
+
+
+def template_of(prompt: str) -> str | None:
+    """What a prompt has before the text, with ``{instruction}`` in place of the instruction in it.
+
+    A prompt has an instruction in it if it says so itself: it begins with a label or tag of that name (``Instruct:``,
+    ``Instruction:``, ``task:``, ``<instruct>``, ``<|user|>``), and after the instruction a line break or ``|`` and
+    another label or tag lead over to the text (``Query:``, ``query:``, ``<|embed|>``). White space is kept as it is.
+    So ``query: ``, ``search_query: `` and ``Represent this sentence for searching relevant passages: `` have no place
+    for an instruction, and are given back as they are. A prompt that has ``{instruction}`` is a template already.
+
+    Returns:
+        None where nothing but a quotation mark (LLaRA's) is before the text.
+    """
+    before = prompt.partition(TEXT)[0]
+    if INSTRUCTION not in before and (found := TEMPLATE.fullmatch(before)):
+        return found["before"] + INSTRUCTION + found["after"]
+    return before if before.strip().strip("\"'") else None
+
+
+def takes_instructions(model_prompts: Mapping[str, str], default_prompt_name: str | None = None) -> bool:
+    """Whether a model's prompts have a place for a task's instruction: that of its queries, or, where it has none for
+    them, any but those of documents. False for a model without prompts."""
+    return INSTRUCTION in (_template_of_model(model_prompts, default_prompt_name) or "")
+
+
+def _template_of_model(model_prompts: Mapping[str, str], default_prompt_name: str | None) -> str | None:
+    """What is before a model's queries, with ``{instruction}`` where it has a place for one; where nothing is, the
+    template of another prompt (e5-mistral calls its prompts ``web_search_query`` and ``sts_query``); None for neither.
+    """
+    form = template_of(prompt_of(QUERY, model_prompts, default_prompt_name))
+    if form is not None:
+        return form
+    of_documents = [name for name in model_prompts if name in DOCUMENT or name.endswith(OF_DOCUMENTS)]
+    others = [template_of(prompt or "") for name, prompt in model_prompts.items() if name not in of_documents]
+    return next((form for form in others if form is not None and INSTRUCTION in form), None)
 
 
 def encoding_prompts(
@@ -190,7 +279,8 @@ def encoding_prompts(
     prompts: dict[str, str] = {}
     first = None
     for task in tasks:
-        prompts[task.name] = task.encoding_prompt(model_prompts, default_prompt_name)
+        if task.kind != "documents":
+            prompts[task.name] = task.encoding_prompt(model_prompts, default_prompt_name)
         if task.document_prompt is not None:
             own = task.encoding_document_prompt(model_prompts, default_prompt_name)
             prompts[f"{task.name}{OF_DOCUMENTS}"] = own

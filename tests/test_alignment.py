@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CORPUS, train_tokenizer
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, StaticEmbedding
 from torch import nn
@@ -16,6 +17,7 @@ from torch import nn
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
 from st_llm_embed.teaching import RidgeRegression, align
+from st_llm_embed.teaching.teacher import text_hashes
 
 WORDS = " ".join(CORPUS).split()
 
@@ -89,7 +91,8 @@ def test_both_sides_are_encoded_under_their_own_prompts(llm, teacher, tmp_path):
     pooled = SentenceTransformer(modules=list(student)[:-1], prompts=student.prompts)
     x = np.concatenate([pooled.encode_query(queries), pooled.encode_document(documents)])
     y = np.concatenate([teacher.encode_query(queries), teacher.encode_document(documents)])
-    kept = np.random.default_rng(0).permutation(150)[:15]
+    number = np.unique(text_hashes(Dataset.from_dict({"text": queries + documents})), return_inverse=True)[1]
+    kept = np.flatnonzero(np.isin(number, np.random.default_rng(0).permutation(number.max() + 1)[:15]))
     fitted = np.setdiff1d(np.arange(150), kept)
     regression = RidgeRegression(32, 12)
     regression.add(x[fitted], y[fitted])

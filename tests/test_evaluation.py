@@ -375,6 +375,21 @@ def test_which_prompt_a_task_gets(llm, folders):
     np.testing.assert_allclose(encoded, model.encode(["a cat"], prompt="abstract: "), atol=1e-6)
     model.prompts = {"query": "query: ", "passage": "passage: "}
     assert prompts("scifact") == ["query: ", "passage: ", ""]
+    # An instruction goes into the model's own template; prompts by mteb's names are as they are, a training's first.
+    model.prompts = {"query": "Instruct: Find it\nQuery:", "document": ""}
+    assert prompts("scifact")[0].endswith("\nQuery:") and "scientific" in prompts("scifact")[0]
+    assert prompts("STS13")[2].startswith("Instruct: ") and prompts("STS13")[2].endswith("\nQuery:")
+    model.prompts |= {
+        "Retrieval-query": "task: search result | query: ",
+        "Retrieval-document": "text: ",
+        "STS": "sts: ",
+    }
+    assert prompts("SciFact")[:2] == ["task: search result | query: ", "text: "] and prompts("STS13")[2] == "sts: "
+    model.prompts |= {"SciFact": "science: ", "FiQA2018-query": "finance: "}
+    assert prompts("SciFact")[0] == "science: " and prompts("FiQA2018")[0] == "finance: "
+    assert prompts("FiQA2018")[1] == "text: "
+    model.prompts |= {"scifact": "trained: ", "questions-query": "asked: "}
+    assert prompts("SciFact")[0] == "trained: " and prompts("questions")[0] == "asked: "
     llara = PromptedEncoder(build_model(llm, "llara"), "m", "1")
     sort = [llara.prompt(local_task(folders / "moods").metadata, side) for side in (PromptType.query, None)]
     assert sort == ["{text} The next sentence:", "{text} The original sentence:"]

@@ -22,7 +22,7 @@ from st_llm_embed import build_model
 from st_llm_embed.hub import save_sealed
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SCRIPTS = {"encode", "fine_tune", "mine_and_train", "adapt_on_raw_text", "publish", "convert"}
+SCRIPTS = {"encode", "fine_tune", "mine_and_train", "teach", "adapt_on_raw_text", "publish", "convert"}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,17 @@ def test_mine_and_train(here, capsys):
     assert "rows; candidates dropped by rule: {'relative_margin'" in capsys.readouterr().out
     assert ran["mined"].rows.column_names == ["anchor", "positive", "negative_1", "negative_2"]
     assert SentenceTransformer("my-model", trust_remote_code=True).encode_query("x").shape == (32,)
+
+
+def test_teach(here, capsys):
+    ran = runpy.run_path(str(EXAMPLES / "teach.py"))
+    said = capsys.readouterr().out
+    assert "Before the first step: mean cosine" in said and "tensor([[" in said
+    card = (here / "student" / "README.md").read_text()
+    assert "in the space of `all-MiniLM-L6-v2` (revision " in card and "they compare with that model's" in card
+    named = json.loads((here / "student" / "reference.json").read_text())["teacher"]
+    assert named["name"] == "all-MiniLM-L6-v2" and len(named["revision"]) == 16
+    assert not ran["model"][-2].linear.weight.requires_grad
 
 
 def test_adapt_on_raw_text(here):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import save_llm
@@ -23,6 +24,7 @@ from st_llm_embed.training import stages, start, train_stages
 # Every part that a configuration can have.
 WHOLE: dict[str, Any] = {
     "output": "run",
+    "vectors": "vectors",
     "name": "our model",
     "seed": 3,
     "model": {
@@ -70,6 +72,16 @@ WHOLE: dict[str, Any] = {
         },
         "dev": {"read": "from_columns", "source": "docs.jsonl", "negatives": ["negative_1"], "instruction": "Find it"},
         "banking77": {"read": "from_class_examples", "source": "moods.jsonl", "negatives": 1, "seed": 1},
+        "single": {"read": "from_texts", "source": "moods.jsonl", "kind": "documents"},
+        "known": {
+            "read": "from_columns",
+            "source": "pairs.csv",
+            "anchor": "question",
+            "positive": "answer",
+            "instruction": "Find the answer",
+            "query_prompt": "ask {instruction}: ",
+            "teacher_embeddings": {"anchor": "eight.npy", "positive": "eight.npy"},
+        },
     },
     "stages": [
         {"name": "pretext", "data": ["texts"], "model": {"lora": True}, "loss": {"form": "mean", "num_tokens": 1}},
@@ -84,6 +96,22 @@ WHOLE: dict[str, Any] = {
             "arguments": {"stage": 1, "eval_strategy": "steps", "eval_steps": 1, "false_negative_margin": 0.95},
         },
         {"name": "blended", "data": ["pairs", "banking77"], "arguments": {"stage": 2, "spread_weight": 0.1}},
+        {
+            "name": "taught",
+            "data": ["single", "known"],
+            "arguments": {"distill_weight": 2.0, "score_weight": 0.1, "contrastive_weight": 0.5},
+            "teach": {
+                "teacher": "large",
+                "trust_remote_code": False,
+                "model_kwargs": {"dtype": "bfloat16"},
+                "truncate_dim": 8,
+                "instructions": False,
+                "batch_size": 4,
+                "projection": True,
+                "train_projection": True,
+                "sample": 10,
+            },
+        },
     ],
     "seal": {"license": "apache-2.0", "samples": False},
     "evaluate": {"tasks": ["beir"], "split": "test", "batch_size": 8},
@@ -113,7 +141,8 @@ def make_files() -> None:
     tokenizer = AutoTokenizer.from_pretrained("llm")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained("bert")
-    SentenceTransformer(modules=[Transformer("bert"), Pooling(8)]).save_pretrained("other")
+    for name in ("other", "large"):
+        SentenceTransformer(modules=[Transformer("bert"), Pooling(8)]).save_pretrained(name)
     Path("documents.csv").write_text('body,day\n"A cat.\n\nA dog.\n\nA fox.",1\n')
     Path("pairs.csv").write_text("question,answer\n" + "".join(f"how {i}?,so {i}\n" for i in range(8)))
     write("docs.jsonl", *({"anchor": f"how {i}?", "positive": f"so {i}", "negative_1": f"no {i}"} for i in range(8)))
@@ -125,6 +154,7 @@ def make_files() -> None:
         Path(f"beir/qrels/{split}.tsv").write_text(
             "query\tdocument\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i in range(4))
         )
+    np.save("eight.npy", np.ones((8, 8), np.float32))
     write("notext.jsonl", {"anchor": "a", "positive": 7})
     write("norows.jsonl")
     write("half.jsonl", {"anchor": "how?", "positive": "so"})
@@ -189,7 +219,10 @@ FREE = ("data",)  # its keys are names of one's own
 KEYS = [
     p
     for p in paths()
-    if isinstance(p[-1], str) and p[:-1] != FREE and "model_kwargs" not in p[:-1] and "columns" not in p[:-1]
+    if isinstance(p[-1], str)
+    and p[:-1] != FREE
+    and "model_kwargs" not in p[:-1]
+    and not {"columns", "teacher_embeddings"} & set(p[:-1])
 ]
 
 
@@ -290,6 +323,10 @@ MISTAKES: list[tuple[Callable[[dict], object], str]] = [
     ),
     (at("data", "pairs", "instruction", value="Find {text}"), r"data.pairs: .*'\{text\}' in its instruction"),
     (at("data", "banking77", "document_prompt", value="x"), "document_prompt, and is of the kind 'classification'"),
+    (
+        at("data", "docs", "query_prompt", value="{task}\nQ: "),
+        "query_prompt='{task}.*In braces it may have '{instruction}'",
+    ),
     (at("stages", 0, "loss", "self_prompt", value="{text} " + "sentence " * 99), "stages.pretext: .*leaves no room"),
     (at("stages", 0, "loss", "self_prompt", value="The text:"), r"stages.pretext: .*must contain '\{text\}'"),
     (at("stages", 0, "loss", "num_tokens", value=99), "stages.pretext: num_tokens=99 is outside 1"),

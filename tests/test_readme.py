@@ -129,6 +129,12 @@ def test_the_configuration_of_the_training_guide_is_one():
     assert [stage.name for stage in config.stages] == ["pretext", "retrieval", "blended"] and len(config.data) == 4
 
 
+def test_the_configuration_of_the_teaching_guide_is_one():
+    (block,) = blocks("yaml", (ROOT / "st_llm_embed" / "teaching" / "README.md").read_text())
+    config = read_run(Given(yaml.safe_load(block)))
+    assert config.stages[0].teach.teacher == "your-org/teacher" and len(config.data) == 3
+
+
 def test_the_reference_of_all_keys_is_what_checks_them():
     assert (ROOT / "st_llm_embed" / "training" / "KEYS.md").read_text() == reference()
     schema = json_schema()
@@ -174,7 +180,7 @@ def test_the_tree_names_every_file():
 def test_the_tables_of_results_are_those_of_the_result_files():
     """Of the study's README and reports in full; of the README to the digit."""
     guide = (ROOT / "examples" / "study" / "README.md").read_text()
-    for size in ("cpu", "cpu-long"):
+    for size in ("cpu", "taught", "cpu-long"):
         folder = ROOT / "examples" / "study" / "results" / size
         summary, every = summarize(folder)
         assert f"<!-- table: {size} -->\n{summary}<!-- end -->" in guide

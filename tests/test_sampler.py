@@ -253,3 +253,21 @@ def test_spellings_of_one_text_have_one_number():
     spellings = ["the café  is here", " the cafe\u0301 is\there\n", "the café is here"]
     assert len(set(number_texts(spellings).tolist())) == 1
     assert len(set(number_texts(["grep -i", "grep -I", "grepi"]).tolist())) == 3
+
+
+def test_rows_of_like_length_make_a_step():
+    """Each row once, in another order in each epoch; within sixteen steps, one's rows are no longer than another's."""
+    texts = [f"{i} " + "word " * (i * 37 % 101) for i in range(400)]
+    source = Source("read", Dataset.from_dict({"text": texts}), distinct=False, by_length=True)
+    sampler, orders = TaskBatchSampler([source], 8), []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        steps = list(sampler)
+        orders.append(steps)
+        assert sorted(row for step in steps for row in step) == list(range(400))
+        lengths = [[len(texts[row]) for row in step] for step in steps]
+        for start in range(0, 50, 16):
+            spans = sorted((min(step), max(step)) for step in lengths[start : start + 16])
+            assert all(left[1] <= right[0] for left, right in zip(spans, spans[1:], strict=False))
+        assert [max(step) for step in lengths] != sorted(max(step) for step in lengths)
+    assert orders[0] != orders[1]

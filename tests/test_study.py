@@ -41,7 +41,11 @@ def test_the_study_runs_and_goes_on(tmp_path, shared, script):
     trained = {folder.name for folder in (tmp_path / "models").iterdir()}
     # Seed 0: stage 1, three stages 2 after it, autoregressive, the reversed two, pairs after them. Seed 1: two stages.
     assert len(trained - {"averaged-0"}) == 5 + 3 + 2
-    assert "| two stages | 2 |" in script("report", "--output", str(tmp_path))
+    assert "mean, distilled, seed 0" in script("run", *where, "--rows", "mean, distilled")
+    taught = json.loads((tmp_path / "rows" / "mean-distilled-0.json").read_text())
+    assert set(taught["on_the_teachers_index"]) == {"nl2bash", "scifact"} and taught["processor_seconds"] > 0
+    report = script("report", "--output", str(tmp_path))
+    assert "| two stages | 2 |" in report and "its queries on the teacher's index, other sets" in report
     for picture in ("groups.png", "differences.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     script("card", *where, "--row", "two stages")

@@ -650,7 +650,11 @@ def test_a_batch_of_one_row_without_negatives_is_refused(llm, tmp_path):
         ({"multi_dataset_batch_sampler": "round_robin"}, "multi_dataset_batch_sampler=.*has no effect: tasks= make"),
         ({"data_seed": 3}, "data_seed=3 has no effect: the order of the rows is that of seed"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect: sentence-transformers' trainer"),
-        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' has no effect"),
+        (
+            {"train_sampling_strategy": "group_by_length", "stage": 2},
+            "train_sampling_strategy='group_by_length' has no effect: tasks= make the batches, at random or, unless",
+        ),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy='sequential' has no effect"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 has no effect"),
         ({"stage": 2, "false_negative_margin": 0.9}, "false_negative_margin=0.9 .*no task has in-batch negatives"),
         ({"in_batch_negatives": False, "gather_across_devices": True}, "gather_across_devices=True .*no task has"),
@@ -671,6 +675,12 @@ OF_TASKS = {
     "mini_batch_size": 2,
     "gather_across_devices": True,
     "spread_weight": 0.5,
+    "distill_weight": 2.0,
+    "score_weight": 0.5,
+    "soft_label_weight": 0.5,
+    "contrastive_weight": 0.5,
+    "score_temperature": 0.5,
+    "soft_label_temperature": 2.0,
 }
 
 

@@ -101,7 +101,7 @@ def test_evaluation_encodes_as_the_model_does(llm, prompts):
     encoder = PromptedEncoder(model, "name", "revision")
 
     def found(task: str, side: PromptType | None) -> list[tuple[list[int], list[int]]]:
-        metadata = TaskMetadata.model_construct(name=task, prompt=None)
+        metadata = TaskMetadata.model_construct(name=task, prompt=None, type="Retrieval" if side else "STS")
         how = {"task_metadata": metadata, "hf_split": "test", "hf_subset": "default", "prompt_type": side}
         return encoded(lambda texts, **kwargs: encoder.encode([{"text": texts}], **how, **kwargs), TEXTS, model)
 

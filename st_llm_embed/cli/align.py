@@ -20,11 +20,8 @@ from st_llm_embed.cli.shared import (
     shows_progress,
 )
 
-SECTION = """## A shared space
-
-A linear projection, fitted by ridge regression and not trained, takes this model into the space of `{teacher}`: its
-vectors compare with that model's, and its queries search that model's index. The mean cosine of the two is
-{cosine:.3f} on {held_out:,} texts held out."""
+SECTION = """A linear projection, fitted by ridge regression and not trained, takes this model there. The mean cosine
+with the teacher's vectors is {cosine:.3f} on {held_out:,} texts held out."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.files import check_empty
     from st_llm_embed.hub import save_sealed
     from st_llm_embed.hub.card import state_card
+    from st_llm_embed.hub.teacher import name_teacher
     from st_llm_embed.mining import load_teacher
     from st_llm_embed.teaching import align
     from st_llm_embed.trust import load_trusted
@@ -71,9 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
         show_progress_bar=shows_progress(),
     )
     state_card(model, arguments.name, arguments.license)
-    name = Path(arguments.teacher).resolve().name if Path(arguments.teacher).is_dir() else arguments.teacher
-    section = SECTION.format(teacher=name, cosine=alignment.cosine, held_out=alignment.held_out)
-    print(f"Wrote {save_sealed(model, arguments.output, section, samples=arguments.samples)}.")
+    section = SECTION.format(cosine=alignment.cosine, held_out=alignment.held_out)
+    teacher = name_teacher(arguments.teacher)
+    print(f"Wrote {save_sealed(model, arguments.output, section, samples=arguments.samples, teacher=teacher)}.")
     print(
         f"Of {alignment.held_out} texts held out, the mean cosine with the teacher is {alignment.cosine:.3f}; the map "
         f"was fitted on {alignment.texts} others."

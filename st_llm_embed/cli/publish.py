@@ -7,6 +7,7 @@ auth login`.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from st_llm_embed.cli.shared import add_card, add_trust
 
@@ -28,10 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.hub import publish
     from st_llm_embed.hub.card import state_card
+    from st_llm_embed.hub.teacher import teacher_of
     from st_llm_embed.trust import load_trusted
 
     model = load_trusted(arguments.folder, arguments.trust_remote_code)
     state_card(model, arguments.name, arguments.license)
     names = ("adapter", "private", "exist_ok", "create_pr", "revision", "samples")
-    url = publish(model, arguments.repo_id, **{name: getattr(arguments, name) for name in names})
+    options = {name: getattr(arguments, name) for name in names}
+    url = publish(model, arguments.repo_id, **options, teacher=teacher_of(Path(arguments.folder)))
     print(f"Published: {url}")

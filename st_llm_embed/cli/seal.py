@@ -23,9 +23,11 @@ def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.files import check_empty
     from st_llm_embed.hub import save_sealed
     from st_llm_embed.hub.card import state_card
+    from st_llm_embed.hub.teacher import teacher_of
     from st_llm_embed.trust import load_trusted
 
     check_empty(Path(arguments.output).resolve())
     model = load_trusted(arguments.source, arguments.trust_remote_code)
     state_card(model, arguments.name, arguments.license)
-    print(f"Wrote {save_sealed(model, arguments.output, samples=arguments.samples)}.")
+    teacher = teacher_of(Path(arguments.source))
+    print(f"Wrote {save_sealed(model, arguments.output, samples=arguments.samples, teacher=teacher)}.")

@@ -2,7 +2,7 @@
 
 Each ``from_*`` gives ``anchor, positive, negative_1..n``, with the same choices, cleaning and counts (``rows.py``):
 ``from_beir`` and ``from_ms_marco`` read files, the others tables or JSON lines. ``consecutive_texts`` gives
-``text, next``, for the pretext tasks.
+``text, next``, for the pretext tasks; ``from_texts`` single texts, for a teacher to speak of.
 """
 
 from .beir import from_beir
@@ -16,6 +16,7 @@ from .ms_marco import from_ms_marco, from_ms_marco_triples
 from .nli import from_nli
 from .pairs import from_columns, from_parallel_text, from_sts
 from .rows import Judged, contrastive_dataset
+from .single_texts import from_texts
 from .sources import load_rows, rename_columns
 from .splitting import paragraphs, sentences, windows
 
@@ -35,6 +36,7 @@ __all__ = [
     "from_nli",
     "from_parallel_text",
     "from_sts",
+    "from_texts",
     "load_corpus",
     "load_rows",
     "paragraphs",

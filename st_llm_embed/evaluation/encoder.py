@@ -23,11 +23,12 @@ from st_llm_embed.tasks import (
     OF_DOCUMENTS,
     QUERY,
     SIMILARITY,
+    TYPES,
     Task,
-    before_text,
     known_task,
     prompt_of,
     same_task,
+    takes_instructions,
 )
 
 
@@ -60,23 +61,28 @@ class PromptedEncoder(AbsEncoder):
     def prompt(self, task: TaskMetadata, side: PromptType | None = None) -> str:
         """The prompt of a task's queries, documents, or symmetric texts (``side=None``); "" for none.
 
-        For queries and symmetric texts, the first of: the model's prompt by the task's name; for a model with
-        instructions, this package's or mteb's instruction for the task; the model's ``query`` or ``similarity``
-        prompt, or its default. For documents, the model's prompt by the task's name and ``-document``, or what
+        For queries and symmetric texts, the first of: the model's prompt by the task's name, or that and ``-query``;
+        its prompt by mteb's name of the task's type, such as ``Retrieval-query`` or ``STS``; for a model with a
+        template, this package's or mteb's instruction for the task in it; the model's ``query`` or ``similarity``
+        prompt, or its default. For documents, the model's prompt by the task's name or type and ``-document``, or what
         ``encode_document`` gives them.
         """
         prompts, default = self.model.prompts, self.model.default_prompt_name
         suffix = OF_DOCUMENTS if side == PromptType.document else ""
-        for name, prompt in prompts.items():
+        # The last first: what a task of a training left comes after what the model had, perhaps in mteb's spelling.
+        for name, prompt in reversed(prompts.items()):
             if name.endswith(suffix) and same_task(name.removesuffix(suffix), task.name):
                 return prompt or ""
+            if side == PromptType.query and same_task(name.removesuffix("-query"), task.name):
+                return prompt or ""
         if side == PromptType.document:
-            return prompt_of(DOCUMENT, prompts, default)
-        general = prompt_of(QUERY if side else SIMILARITY, prompts, default)
-        instructed = any(prompt.startswith("Instruct: ") for prompt in prompts.values() if prompt)
-        if instructed and (instruction := _instruction(task)):
-            return before_text(Task(task.name, instruction).prompt, general)
-        return general
+            return prompt_of((f"{task.type}{OF_DOCUMENTS}", *DOCUMENT), prompts, default)
+        of_type = (f"{task.type}-query", task.type) if side else (task.type,)
+        if not any(name in prompts for name in of_type) and takes_instructions(prompts, default):
+            kind = "retrieval" if side else next((kind for kind, name in TYPES.items() if name == task.type), "sts")
+            if instruction := _instruction(task):
+                return Task(task.name, instruction, kind).encoding_prompt(prompts, default)
+        return prompt_of((*of_type, *(QUERY if side else SIMILARITY)), prompts, default)
 
     def main_prompt(self, task: AbsTask) -> str:
         """The prompt of a task's queries, or of its texts where all are of one sort."""

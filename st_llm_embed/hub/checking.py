@@ -23,9 +23,10 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.files import read_json
 from st_llm_embed.hub import fresh_process
+from st_llm_embed.hub.teacher import match, name_teacher, teacher_of
 from st_llm_embed.modules import reference
 from st_llm_embed.modules.reference import TEXTS, differing_settings, take_reference
-from st_llm_embed.trust import check_base, check_no_code, check_saved, fetch
+from st_llm_embed.trust import check_base, check_no_code, check_saved, fetch, load_trusted
 
 REFERENCE = "reference.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -39,10 +40,13 @@ class Checked(NamedTuple):
     Args:
         difference: the largest difference of a component of any vector.
         files: the size of each file in bytes, by its path in the folder.
+        cosines: the mean cosine with the teacher's vectors, of texts as ``query`` and as ``document``; None where no
+            teacher was asked.
     """
 
     difference: float
     files: dict[str, int]
+    cosines: dict[str, float] | None = None
 
 
 class FreshPython:
@@ -142,7 +146,8 @@ def check(
     Args:
         source: the model's folder or Hub id.
         against: the model whose vectors they must equal; or the folder or Hub id of another form of the model, such as
-            the adapter of a merged one. Default: the ``reference.json`` in ``source``.
+            the adapter of a merged one. Default: the ``reference.json`` in ``source``. Its teacher, which the folder
+            names, is compared with by cosines, in this process.
         trust_remote_code: whether to run the code in ``source`` (and ``against``) even where it is not this package's
             own.
         device: the device of the fresh process.
@@ -156,6 +161,25 @@ def check(
             last bit).
     """
     root, known = _opened(source, revision, token, trust_remote_code)
+    if (teacher := teacher_of(root)) is not None and isinstance(against, str | Path):
+        asked = name_teacher(against)
+        is_repository = not Path(against).is_dir()
+        if asked.revision == teacher.revision or (is_repository and asked.name == teacher.name):
+            checked = (
+                compare(root, known, trust_remote_code=trust_remote_code, device=device, token=token)
+                if (root / REFERENCE).is_file()
+                else Checked(0.0, _files(root))
+            )
+            student, large = (load_trusted(one, trust_remote_code, device=device) for one in (root, fetch(against)))
+            large.truncate_dim = teacher.dimensions or large.truncate_dim
+            return checked._replace(cosines=match(student, large))
+        try:
+            return compare(root, known, against, trust_remote_code=trust_remote_code, device=device, token=token)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{error} {against} is not its teacher, with which it would be compared by cosines: that is "
+                f"{teacher.name}, revision {teacher.revision}."
+            ) from error
     return compare(root, known, against, trust_remote_code=trust_remote_code, device=device, token=token)
 
 

@@ -28,6 +28,7 @@ from st_llm_embed.files import check_empty, check_room, files_of, read_json, siz
 from st_llm_embed.hub.card import finish_card, inherit_license
 from st_llm_embed.hub.checking import REFERENCE, compare
 from st_llm_embed.hub.sealing import seal
+from st_llm_embed.hub.teacher import TeacherName
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import take_reference
 from st_llm_embed.trust import check_model, forget_code, has_code
@@ -45,7 +46,12 @@ NOT_UPLOADED = ("trainer_state.json",)
 
 
 def save_sealed(
-    model: SentenceTransformer, folder: str | Path, card_section: str = "", *, samples: bool = False
+    model: SentenceTransformer,
+    folder: str | Path,
+    card_section: str = "",
+    *,
+    samples: bool = False,
+    teacher: TeacherName | None = None,
 ) -> Path:
     """Write ``model`` as a folder that loads without this package, checked by loading it so.
 
@@ -58,6 +64,7 @@ def save_sealed(
         card_section: Markdown for the model card, after what the package itself says of the model.
         samples: whether the card keeps the rows of the training data that sentence-transformers shows in it. What is
             published cannot be taken back, so by default they are left out.
+        teacher: the model whose space the vectors are in, for ``reference.json`` and the card.
 
     Returns:
         The folder.
@@ -76,7 +83,8 @@ def save_sealed(
     with written_beside(target) as staged:
         model.save_pretrained(str(staged))
         seal(staged)
-        write_json(staged / REFERENCE, take_reference(model))
+        write_json(staged / REFERENCE, take_reference(model) | ({"teacher": teacher._asdict()} if teacher else {}))
+        card_section = (teacher.section if teacher else "") + card_section
         finish_card(staged / "README.md", model, card_section, has_code(staged), samples)
         foreign = _runs_code_of_its_llm(model)
         if not foreign:
@@ -113,6 +121,7 @@ def publish(
     commit_message: str = "Add text-embedding model",
     card_section: str = "",
     samples: bool = False,
+    teacher: TeacherName | None = None,
 ) -> str:
     """Push ``model`` to the Hugging Face Hub, sealed and checked, so that it loads on machines without this package.
 
@@ -128,7 +137,7 @@ def publish(
         token: the Hub token. Default: the one saved by ``hf auth login``.
         commit_message: the first line of the commit's message.
         card_section: Markdown for the model card, after what the package itself says of the model.
-        samples: see ``save_sealed``.
+        samples, teacher: see ``save_sealed``.
 
     Returns:
         The URL of the commit, or of the pull request; of the last commit where the repository holds all this already.
@@ -156,7 +165,8 @@ def publish(
         model = merge_adapter(model)
     model.model_card_data.set_model_id(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = save_sealed(model, Path(temporary) / repo_id.rpartition("/")[2], card_section, samples=samples)
+        target = Path(temporary) / repo_id.rpartition("/")[2]
+        folder = save_sealed(model, target, card_section, samples=samples, teacher=teacher)
         if "license" not in (metadata_load(folder / "README.md") or {}):
             logger.warning(
                 f"The card of {repo_id!r} names no licence, so nobody may use the model. Add "

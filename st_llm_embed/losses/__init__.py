@@ -1,6 +1,7 @@
 """Losses that plug into SentenceTransformerTrainer."""
 
+from .distillation import DistillationLoss
 from .instruction_contrastive import InstructionContrastiveLoss
 from .pretext import PretextLoss
 
-__all__ = ["InstructionContrastiveLoss", "PretextLoss"]
+__all__ = ["DistillationLoss", "InstructionContrastiveLoss", "PretextLoss"]

@@ -108,11 +108,16 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
             embeddings: the embeddings of each column, ``(batch, dim)``.
             labels: None, the rows' classes ``(batch,)``, or ``(batch, 2 + columns)`` as ``RowLabels`` packs them.
         """
+        rows = RowLabels.unpack(labels, self.in_batch_negatives, embeddings[0])
+        loss = self.contrast(embeddings, rows)
+        return loss if self.spread_weight is None else loss + self.spread_weight * self.crowding(embeddings, rows)
+
+    def contrast(self, embeddings: list[Tensor], rows: RowLabels) -> Tensor:
+        """The contrastive loss alone; rows without a positive, which are there to be taught, do not count."""
         if len(embeddings) < 2:
             raise ValueError(f"The loss takes the columns anchor, positive, ...; got {len(embeddings)}.")
         anchor, *others = (F.normalize(column, dim=-1) for column in embeddings)
         documents = torch.stack(others, dim=1)  # (batch, 1 + negatives, dim)
-        rows = RowLabels.unpack(labels, self.in_batch_negatives, anchor)
         scores = torch.einsum("bd,bnd->bn", anchor, documents)  # of the row's own, the positive first
         if rows.texts is not None:
             scores = scores.masked_fill(rows.texts[:, 1:] == NONE, -torch.inf)
@@ -124,10 +129,12 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
                 "Without in-batch negatives each row needs hard negatives of its own: the columns anchor, positive, "
                 "negative_1, ... Mine some (st-llm-embed mine), or turn in-batch negatives on."
             )
-        loss = F.cross_entropy(scores * self.scale, torch.zeros(len(scores), dtype=torch.long, device=scores.device))
-        return loss if self.spread_weight is None else loss + self.spread_weight * self._crowding(embeddings, rows)
+        if rows.texts is not None:
+            scores = scores[(rows.texts[:, :2] != NONE).all(dim=1)]
+        labels = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+        return F.cross_entropy(scores * self.scale, labels, reduction="sum") / max(len(scores), 1)
 
-    def _crowding(self, embeddings: list[Tensor], rows: RowLabels) -> Tensor:
+    def crowding(self, embeddings: list[Tensor], rows: RowLabels) -> Tensor:
         """The sum over the columns of the spread-out regulariser, of the rows that have a text in it."""
         if rows.texts is not None:
             present = (rows.texts != NONE).unbind(dim=1)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from st_llm_embed.modules import LLMBackbone
 
+ON_CPU = 16  # texts of a group
+
 
 def embed_by_length(model: nn.Module, columns: Iterable[dict[str, Any]]) -> list[Tensor]:
     """The embeddings of each column, ``(batch, dim)``.
@@ -30,7 +32,10 @@ def embed_by_length(model: nn.Module, columns: Iterable[dict[str, Any]]) -> list
     if merged is None or "attention_mask" not in merged:
         return embed_columns(model, columns)
     order = merged["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
-    groups = [model(_cut_to_length(merged, rows))["sentence_embedding"] for rows in order.chunk(len(columns))]
+    # By the number of texts alone, as all processes must go through the model equally often.
+    small = -(-len(order) // ON_CPU) if order.device.type == "cpu" else 0
+    chunks = order.chunk(max(len(columns), small))
+    groups = [model(_cut_to_length(merged, rows))["sentence_embedding"] for rows in chunks]
     return list(torch.cat(groups)[order.argsort()].chunk(len(columns)))
 
 

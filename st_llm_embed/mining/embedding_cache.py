@@ -95,6 +95,14 @@ class EmbeddingCache:
         """
         return self._encode(self.model.encode_document, texts, rows, prompt, "documents")
 
+    def texts(self, texts: Dataset, rows: np.ndarray, prompt: str | None) -> EmbeddingShards:
+        """The vectors, of length 1, that ``encode`` gives the ``text`` of these rows, which are of one sort.
+
+        Raises:
+            ValueError: if one is not finite.
+        """
+        return self._encode(self.model.encode, texts, rows, prompt, "texts")
+
     def _encode(
         self, encode: Callable[..., np.ndarray], texts: Dataset, rows: np.ndarray, prompt: str | None, what: str
     ) -> EmbeddingShards:

@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -147,7 +147,7 @@ def mine_negatives(
     check_numbers(num_negatives, relative_margin, absolute_margin, range_min, range_max, shard_size)
     if use_faiss and importlib.util.find_spec("faiss") is None:
         raise ImportError("use_faiss=True needs FAISS. Fix: pip install faiss-cpu.")
-    _check_teacher(teacher)
+    check_teacher(teacher)
     if show_progress_bar is None:
         level = logging.getLogger(SentenceTransformer.__module__).getEffectiveLevel()
         show_progress_bar = level in (logging.INFO, logging.DEBUG)
@@ -230,24 +230,26 @@ def check_numbers(
         raise ValueError(f"absolute_margin={absolute_margin} must be in [0, 2], a difference of cosines, or None.")
 
 
-def load_teacher(source: str, trust_remote_code: bool = False) -> SentenceTransformer:
+def load_teacher(
+    source: str, trust_remote_code: bool = False, revision: str | None = None, **kwargs: Any
+) -> SentenceTransformer:
     """A model of the Hub or a folder.
 
     Raises:
         ValueError: if it runs code that is not known, or is another kind of model, which sentence-transformers would
             give an untrained pooling.
     """
-    return load_trusted(find_teacher(source, trust_remote_code), trust_remote_code)
+    return load_trusted(find_teacher(source, trust_remote_code, revision), trust_remote_code, **kwargs)
 
 
-def find_teacher(source: str, trust_remote_code: bool = False) -> Path:
+def find_teacher(source: str, trust_remote_code: bool = False, revision: str | None = None) -> Path:
     """The folder of a teacher, which is not loaded yet.
 
     Raises:
         ValueError: if it is no model, or another kind of one.
         OSError: if it is neither here nor on the Hub.
     """
-    root = fetch(source)
+    root = fetch(source, revision)
     if not any((root / name).is_file() for name in ("modules.json", "config.json")):
         raise ValueError(f"The teacher {source!r} is no model: it has neither a modules.json nor a config.json.")
     check_no_code(root, trust_remote_code)
@@ -267,7 +269,12 @@ def find_teacher(source: str, trust_remote_code: bool = False) -> Path:
     return root
 
 
-def _check_teacher(teacher: SentenceTransformer) -> None:
+def check_teacher(teacher: SentenceTransformer) -> None:
+    """Check that a teacher gives each text one vector.
+
+    Raises:
+        ValueError: if it is another kind of model.
+    """
     is_other_kind = isinstance(teacher, BaseModel) and not isinstance(teacher, SentenceTransformer)
     if is_other_kind or not all(hasattr(teacher, method) for method in ("encode_query", "encode_document")):
         raise _no_teacher(type(teacher).__name__)
@@ -308,9 +315,9 @@ class _Numbers(NamedTuple):
 
 def _number_texts(texts: Dataset, anchors: Dataset, corpus: Dataset | Sequence[str] | None) -> _Numbers:
     digests = _with_titles(np.concatenate([_digests(texts), _digests(anchors)]), corpus)
-    first_row, number = _distinct(digests)
+    first_row, number = distinct(digests)
     positive, anchor_text = number[len(texts) - len(anchors) : len(texts)], number[len(texts) :]  # (rows,)
-    query_rows, query = _distinct(anchor_text)
+    query_rows, query = distinct(anchor_text)
     # An anchor's positives and its own text are no negatives of it.
     pairs = np.unique(np.append(query, query) * len(first_row) + np.append(positive, anchor_text))
     excluded = np.divmod(pairs, len(first_row))
@@ -343,7 +350,7 @@ def _with_titles(digests: np.ndarray, corpus: Dataset | Sequence[str] | None) ->
     return np.where(of_document, titled[place], digests)
 
 
-def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Number distinct values in the order in which they first come: the first place of each number, and the number of
     each value."""
     _, first, number = np.unique(values, return_index=True, return_inverse=True)

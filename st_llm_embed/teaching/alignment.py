@@ -15,20 +15,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
-from torch import nn
+from torch import Tensor, nn
 
 from st_llm_embed.data.columns import check_text
 from st_llm_embed.mining.embedding_cache import SHARD_SIZE, EmbeddingCache
 from st_llm_embed.teaching.ridge import RidgeRegression
+from st_llm_embed.teaching.teacher import text_hashes
 
 PENALTIES = tuple(10.0**power for power in range(-6, 3))
 MOST_HELD_OUT = 10_000  # texts, whose vectors are in memory
+MOST_COMPARED = 2_000  # of them with each other
+TEMPERATURE = 0.02  # of these scores
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Alignment:
         penalty: the penalty of the ridge regression that was chosen.
         cosine: the mean cosine of the student's and the teacher's vectors of the texts held out.
         cosines: the same for every penalty that was tried.
+        confusions: for every penalty, the cross-entropy of finding the teacher's vector of a text by the student's,
+            among the teacher's vectors of these texts, at a temperature of 0.02; the smallest was chosen.
     """
 
     texts: int
@@ -48,6 +54,7 @@ class Alignment:
     penalty: float
     cosine: float
     cosines: dict[float, float]
+    confusions: dict[float, float]
 
 
 def align(
@@ -93,47 +100,113 @@ def align(
     count = sum(map(len, sides.values()))
     if count < 10:
         raise ValueError(f"There are {count} texts. A map between two spaces needs ten or more, better ten thousand.")
-    modules = list(student)
-    if isinstance(modules[-1], Normalize):
-        modules.pop()
-    settings = {"prompts": student.prompts, "default_prompt_name": student.default_prompt_name}
-    pooled = SentenceTransformer(modules=modules, device=str(student.device), **settings)
+    pooled = without_length(student)
     in_features, out_features = pooled.get_embedding_dimension(), teacher.get_embedding_dimension()
-    kept = _held_out(count, held_out, seed)
-    regression, held_x, held_y = RidgeRegression(in_features, out_features), [], []
+    texts = np.concatenate([text_hashes(rows) for rows in sides.values() if len(rows)])
+    fit = ProjectionFit(in_features, out_features, texts, held_out, seed)
     with nullcontext(cache_folder) if cache_folder else tempfile.TemporaryDirectory() as folder:
         cache = EmbeddingCache(teacher, folder, batch_size, SHARD_SIZE, show_progress_bar)
-        for rows, x, y in _vectors(pooled, cache, sides, batch_size, show_progress_bar):
-            regression.add(x[~kept[rows]], y[~kept[rows]])
-            held_x.append(x[kept[rows]])
-            held_y.append(y[kept[rows]])
-    x, y = np.concatenate(held_x).astype(np.float64), np.concatenate(held_y)
-    cosines: dict[float, float] = {}
-    best: tuple[np.ndarray, np.ndarray] | None = None
-    for penalty, (weight, bias) in zip(penalties, regression.solve(penalties), strict=True):
-        mapped = x @ weight.T + bias
-        norms = np.linalg.norm(mapped, axis=1).clip(min=np.finfo(float).tiny) * np.linalg.norm(y, axis=1)
-        cosines[penalty] = float(((mapped * y).sum(axis=1) / norms).mean())
-        if cosines[penalty] == max(cosines.values()):
-            best = weight, bias
-    if best is None:
-        raise ValueError("penalties must hold one penalty or more.")
-    projection = Dense(
-        in_features,
-        out_features,
-        activation_function=nn.Identity(),
-        init_weight=torch.from_numpy(best[0]).float(),
-        init_bias=torch.from_numpy(best[1]).float(),
-    )
-    dtype = student.dtype if student.dtype.is_floating_point else torch.float32
-    aligned = SentenceTransformer(
-        modules=[*copy.deepcopy(modules), projection.to(dtype), Normalize()],
-        device=str(student.device),
-        similarity_fn_name="cosine",
+        for x, y in _vectors(pooled, cache, sides, batch_size, show_progress_bar):
+            fit.add(x, y)
+    projection, alignment = fit.solve(penalties)
+    return with_projection(copy.deepcopy(pooled), projection), alignment
+
+
+class ProjectionFit:
+    """The closed form of a projection, of vectors that come in parts.
+
+    Args:
+        in_features: the width of the student's vectors.
+        out_features: the width of the teacher's.
+        texts: ``(texts,)``, a number for each text that will come, equal where texts are: none is held out in part.
+        held_out: the share of the texts on which the penalty is chosen; at most 10,000.
+        seed: the seed by which texts are held out.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, texts: np.ndarray, held_out: float = 0.1, seed: int = 0
+    ) -> None:
+        self.regression = RidgeRegression(in_features, out_features)
+        _, number = np.unique(texts, return_inverse=True)
+        self.kept = _held_out(int(number.max()) + 1, held_out, seed)[number]
+        self.random = np.random.default_rng(seed)
+        self.done = 0
+        self.held: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Take the vectors of the next texts, the student's ``(n, in_features)`` and the teacher's ``(n,
+        out_features)``."""
+        kept = self.kept[self.done : self.done + len(x)]
+        self.done += len(x)
+        self.regression.add(x[~kept], y[~kept])
+        self.held.append((x[kept], y[kept]))
+
+    def solve(self, penalties: Sequence[float] = PENALTIES) -> tuple[Dense, Alignment]:
+        """The projection of the penalty by which the student's vectors of the texts held out best tell the teacher's
+        vectors of the same texts from those of the others, and how well each does. A larger penalty gives a better
+        cosine, and a worse search.
+
+        Raises:
+            ValueError: for no penalty, or one that is not positive.
+        """
+        if not len(penalties):
+            raise ValueError("penalties must hold one penalty or more.")
+        x, y = (np.concatenate(vectors) for vectors in zip(*self.held, strict=True))
+        x = x.astype(np.float64)
+        y = y / np.linalg.norm(y, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+        compared = self.random.permutation(len(x))[:MOST_COMPARED]
+        cosines: dict[float, float] = {}
+        confusions: dict[float, float] = {}
+        maps: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+        for penalty, (weight, bias) in zip(penalties, self.regression.solve(penalties), strict=True):
+            mapped = x @ weight.T + bias
+            mapped /= np.linalg.norm(mapped, axis=1, keepdims=True).clip(min=np.finfo(float).tiny)
+            cosines[penalty] = float((mapped * y).sum(axis=1).mean())
+            confusions[penalty] = _confusion(mapped[compared], y[compared])
+            maps[penalty] = weight, bias
+        chosen = min(confusions, key=lambda penalty: confusions[penalty])
+        # Contiguous: the fused AdamW of torch 2.13 takes memory as it lies, and a resumed run's lies in rows.
+        found = [torch.from_numpy(part).float().contiguous() for part in maps[chosen]]
+        projection = unfitted(*reversed(found[0].shape), init_weight=found[0], init_bias=found[1])
+        kept = int(self.kept.sum())
+        return projection, Alignment(self.done - kept, kept, chosen, cosines[chosen], cosines, confusions)
+
+
+def _confusion(student: np.ndarray, teacher: np.ndarray) -> float:
+    """The mean of -log softmax(s·t / τ) of each text's own t, over the teacher's vectors of all texts; of vectors
+    ``(texts, dim)`` of length 1."""
+    scores = torch.from_numpy(student @ teacher.T) / TEMPERATURE
+    return float(torch.nn.functional.cross_entropy(scores, torch.arange(len(scores))))
+
+
+def unfitted(in_features: int, out_features: int, **weights: Tensor) -> Dense:
+    """A linear projection, of random weights unless they are given."""
+    return Dense(in_features, out_features, activation_function=nn.Identity(), **weights)
+
+
+def without_length(student: SentenceTransformer) -> SentenceTransformer:
+    """A model of the same modules, but for a ``Normalize`` at the end: what a projection is put on."""
+    modules = list(student)
+    return of_modules(modules[:-1] if isinstance(modules[-1], Normalize) else modules, student)
+
+
+def with_projection(pooled: SentenceTransformer, projection: Dense) -> SentenceTransformer:
+    """A model of the same modules, the projection and ``Normalize``."""
+    dtype = pooled.dtype if pooled.dtype.is_floating_point else torch.float32
+    return of_modules([*pooled, projection.to(dtype), Normalize()], pooled, similarity_fn_name="cosine")
+
+
+def of_modules(modules: list[nn.Module], like: SentenceTransformer, **settings: Any) -> SentenceTransformer:
+    """A model of these modules, with the prompts and the device of another."""
+    model = SentenceTransformer(
+        modules=modules,
+        device=str(like.device),
+        prompts=like.prompts,
+        default_prompt_name=like.default_prompt_name,
         **settings,
     )
-    chosen = max(cosines, key=lambda penalty: cosines[penalty])
-    return aligned, Alignment(count - int(kept.sum()), int(kept.sum()), chosen, cosines[chosen], cosines)
+    model.model_card_data.model_name = like.model_card_data.model_name
+    return model
 
 
 def _texts(texts: Dataset | Sequence[str], name: str) -> Dataset:
@@ -159,9 +232,8 @@ def _vectors(
     sides: dict[str, Dataset],
     batch_size: int,
     show_progress_bar: bool,
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """The numbers of some texts, and their vectors by the student and the teacher, shard by shard."""
-    done = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The vectors of some texts by the student and the teacher, shard by shard."""
     for side, texts in sides.items():
         if not len(texts):
             continue
@@ -170,5 +242,4 @@ def _vectors(
         for start, y in taught.shards():
             batch = list(texts[start : start + len(y)]["text"])
             x = encode(batch, batch_size=batch_size, show_progress_bar=show_progress_bar, normalize_embeddings=False)
-            yield slice(done + start, done + start + len(y)), np.asarray(x, np.float32), y
-        done += len(texts)
+            yield np.asarray(x, np.float32), y

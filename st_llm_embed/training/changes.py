@@ -7,11 +7,12 @@ stage was trained with, and what the weights and the optimizer of one that is un
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from st_llm_embed.training.configuration import Given
-from st_llm_embed.training.run_config import ARGUMENTS, LOSS, MODELS, READS, RunConfig, read_run
+from st_llm_embed.training.run_config import ARGUMENTS, LOSS, MODELS, READS, TEACH, RunConfig, read_run
 from st_llm_embed.training.run_folder import TOKENS, without_tokens
 from st_llm_embed.training.schema import Part
 
@@ -109,6 +110,7 @@ def _flat(config: RunConfig) -> dict[tuple[str, ...], Any]:
         flat |= _said((*place, "arguments"), {**config.arguments, **stage.arguments}, ARGUMENTS)
         flat |= _said((*place, "model"), model, MODELS["load" if "load" in model else model.get("recipe", "nv-embed")])
         flat |= _said((*place, "loss"), stage.loss, LOSS)
+        flat |= _said((*place, "teach"), asdict(stage.teach), TEACH) if stage.teach else {}
         flat |= {(*place, key): getattr(stage, key) for key in ("data", *EVALUATION)}
     return flat
 

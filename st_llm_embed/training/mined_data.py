@@ -1,7 +1,7 @@
 """Mining as a step of a run: ``mine: {teacher: ..., num_negatives: 7}`` gives a data set's rows hard negatives first.
 
 What is mined lies in the run's folder ``mined/NAME``, as the command ``mine`` writes it, with the vectors beside it in
-``mined/vectors``: a run that was killed goes on there.
+``vectors``, where what teaches finds them too: a run that was killed goes on there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from st_llm_embed.data import load_corpus, load_rows
 from st_llm_embed.files import read_json
 from st_llm_embed.mining import load_teacher, mine_negatives
 from st_llm_embed.mining.negatives import check_numbers, find_teacher
+from st_llm_embed.tasks import Task, takes_instructions
 from st_llm_embed.training.run_config import MINE
 from st_llm_embed.training.schema import required
 
@@ -44,6 +46,8 @@ def check_mining(rows: Dataset, settings: Mapping[str, Any], stages: list[str]) 
         raise ImportError("mine draws a picture of the scores. Fix: pip install 'st-llm-embed[plots]'.")
     if settings.get("use_faiss") and importlib.util.find_spec("faiss") is None:
         raise ImportError("mine has use_faiss: true, which needs FAISS. Fix: pip install faiss-cpu, or leave it out.")
+    if "positive" not in rows.column_names:
+        raise ValueError(f"mine finds negatives of pairs, and the rows have the columns {rows.column_names}.")
     if negatives := [name for name in rows.column_names if name.startswith("negative")]:
         raise ValueError(f"mine would replace {', '.join(negatives)}. Leave out negatives, or mine.")
     check_numbers(**{name: settings.get(name, MINE.model_fields[name].default) for name in required(check_numbers)})
@@ -63,13 +67,22 @@ def stand_in(rows: Dataset, settings: Mapping[str, Any]) -> Dataset:
     return concatenate_datasets([rows.select_columns(["anchor", "positive"]), *columns], axis=1)
 
 
-def mined_rows(rows: Dataset, settings: Mapping[str, Any], folder: Path, teachers: Mapping[str, Path]) -> Dataset:
+def mined_rows(
+    rows: Dataset,
+    task: Task,
+    settings: Mapping[str, Any],
+    folder: Path,
+    vectors: Path,
+    teachers: Mapping[str, Path],
+) -> Dataset:
     """The rows with their negatives: mined by the first process that comes here, read by the others.
 
     Args:
         rows: the data set.
+        task: its task, whose instruction the teacher gets if its prompts have a place for one.
         settings: what the configuration says of the data set, ``mine`` too.
         folder: the folder to write, of the name of the data set; what other settings gave there is replaced.
+        vectors: the folder of the teachers' vectors.
         teachers: the models of the stages that are finished, by name.
     """
     from st_llm_embed.mining.histogram import write_mined  # which needs matplotlib
@@ -81,14 +94,20 @@ def mined_rows(rows: Dataset, settings: Mapping[str, Any], folder: Path, teacher
         if report.is_file() and read_json(report)["settings"] != settings:
             shutil.rmtree(folder)
         if not report.is_file():
+            teacher = load_teacher(
+                str(teachers.get(mine["teacher"], mine["teacher"])), mine.get("trust_remote_code", False)
+            )
+            prompts = {}
+            if "query_prompt" not in mine and takes_instructions(teacher.prompts, teacher.default_prompt_name):
+                theirs = replace(task, query_prompt=None)  # which is for the model that is trained
+                prompt = theirs.encoding_prompt(teacher.prompts, teacher.default_prompt_name)
+                prompts = {"query_prompt": prompt, **({"corpus_prompt": prompt} if task.symmetric else {})}
             mined = mine_negatives(
                 rows,
-                load_teacher(
-                    str(teachers.get(mine["teacher"], mine["teacher"])), mine.get("trust_remote_code", False)
-                ),
+                teacher,
                 load_corpus(mine["corpus"], mine.get("corpus_columns")) if mine.get("corpus") else None,
-                cache_folder=folder.with_name("vectors"),
-                **{key: value for key, value in mine.items() if key not in OF_SOURCES},
+                cache_folder=vectors,
+                **{**prompts, **{key: value for key, value in mine.items() if key not in OF_SOURCES}},
             )
             write_mined(mined, folder, settings)
             if len(mined.dropped):

@@ -9,8 +9,9 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
+from st_llm_embed.data.columns import text_columns
 from st_llm_embed.training.stages import Run, describe_data, prepare_run, rehearsed
-from st_llm_embed.training.start import begin
+from st_llm_embed.training.start import begin, unprojected
 from st_llm_embed.training.trainer import LLMEmbedTrainer
 
 LONGEST = 300  # characters of a text that are shown
@@ -42,8 +43,11 @@ def describe_run(config: str | Path | Mapping[str, Any], assignments: Mapping[st
         if model is None or run.config.differs(number):
             model = None
             before = run.before(number)
-            model = begin(run.config, number, before if before and before.is_dir() else None)
+            model = begin(run.config, number, before if before and before.is_dir() else None, run.widths)
             lines.append(f"  {_memory(model)}")
+        lines += [f"  {line}" for line in _teaching(run, number)]
+        if run.config.projects(number):
+            model = unprojected(model, run.widths[number])
         with rehearsed(number, model, run) as trainer:
             lines += [f"  {line}" for line in _steps(trainer)]
             lines += [f"  {line}" for line in _first_row(trainer)]
@@ -62,6 +66,20 @@ def _mining(run: Run, names: list[str]) -> list[str]:
         for name in names
         if name in run.mines
     ]
+
+
+def _teaching(run: Run, number: int) -> list[str]:
+    """Who teaches a stage, and where the vectors lie."""
+    teacher = run.teacher(number)
+    if teacher is None:
+        return []
+    teach = teacher.teach
+    texts = sum(len(rows) * len(text_columns(rows.column_names)) for rows, _ in teacher.data.values())
+    who = f"{teach.teacher}, whose vectors lie in {run.vectors}" if teach.teacher else "vectors that the data bring"
+    lines = [f"taught by {who}: {teacher.width} dimensions of {texts:,} texts"]
+    if teacher.projects:
+        lines.append(f"begins with a projection into that space, fitted to {min(teach.sample, texts):,} of them")
+    return lines
 
 
 def _memory(model: SentenceTransformer) -> str:

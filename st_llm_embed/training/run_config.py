@@ -36,7 +36,10 @@ LIMITS = {
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), FROM_1
     ),
     **dict.fromkeys(("early_stopping_patience", "batch_size", "matryoshka_dims", "save_total_limit"), FROM_1),
-    **dict.fromkeys(("max_characters", "num_negatives", "range_max", "shard_size"), FROM_1),
+    **dict.fromkeys(("max_characters", "num_negatives", "range_max", "shard_size", "truncate_dim"), FROM_1),
+    "sample": {"ge": 10},
+    **dict.fromkeys(("distill_weight", "score_weight", "soft_label_weight", "contrastive_weight"), {"ge": 0}),
+    **dict.fromkeys(("score_temperature", "soft_label_temperature"), {"gt": 0}),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "negatives"), {"ge": 0}),
     **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "eval_delay"), {"ge": 0}),
     **dict.fromkeys(("eval_steps", "save_steps", "logging_steps", "lora_alpha", "matryoshka_weights"), {"gt": 0}),
@@ -46,6 +49,40 @@ LIMITS = {
     "max_steps": {"ge": -1},  # -1: as many as the epochs have
     "n_dims_per_step": {"ge": -1},
 }
+
+
+@dataclass(frozen=True)
+class Teach:
+    """A teacher of a stage: the model learns its vectors, as ``distill_weight``, ``score_weight`` and
+    ``contrastive_weight`` among the arguments say.
+
+    Args:
+        teacher: the folder or Hub id of a sentence-transformers model. Default: the data sets bring the vectors.
+        revision: the branch, tag or commit of its repository.
+        trust_remote_code: whether to run code of the teacher that this package does not ship.
+        model_kwargs: arguments of its LLM's ``from_pretrained``, such as ``{dtype: bfloat16}``.
+        truncate_dim: the number of first dimensions of its vectors to learn, of a Matryoshka teacher.
+        instructions: whether it gets the tasks' instructions. Default: if its prompt for queries has a place for one.
+        batch_size: the number of texts that it encodes at once.
+        projection: whether the model gets a projection into the teacher's space, a ``Dense`` layer, before the first
+            step. Default: unless an earlier stage has a teacher.
+        train_projection: whether the steps change it too. By default the LLM learns and it stays, as steps on it soon
+            lose what the closed form has found; where scores alone are matched, all is trained.
+        refit: whether the projection is fitted once more after the last step, to what the LLM has become.
+        sample: the number of texts of the stage's data on which the projection is fitted, in closed form.
+    """
+
+    teacher: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    model_kwargs: dict[str, Any] | None = None
+    truncate_dim: int | None = None
+    instructions: bool | None = None
+    batch_size: int = 32
+    projection: bool | None = None
+    train_projection: bool = False
+    refit: bool = False
+    sample: int = 20_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +98,7 @@ class Stage:
         loss: in a pretext stage arguments of ``PretextLoss``, of which ``lm_head: base`` takes the LM head of the base
             whose head is not tied to its embeddings. Else those of sentence-transformers' ``MatryoshkaLoss`` around
             the contrastive loss, whose own settings are arguments (``temperature``, ``spread_weight``, ...).
+        teach: a teacher, whose vectors the model learns.
         eval_data: the names of the data sets to evaluate on, as ``eval_strategy`` and ``eval_steps`` say.
         eval_tasks: the tasks to evaluate on besides, as the command ``evaluate`` takes them: folders in BEIR's layout,
             names of mteb's tasks.
@@ -75,6 +113,7 @@ class Stage:
     arguments: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
+    teach: Teach | None = None
     eval_data: list[str] = field(default_factory=list)
     eval_tasks: list[str] = field(default_factory=list)
     eval_split: str = "dev"
@@ -112,7 +151,8 @@ class Mining:
     arguments of ``mine_negatives``.
 
     Args:
-        teacher: the folder or Hub id of a sentence-transformers model, or the name of an earlier stage.
+        teacher: the folder or Hub id of a sentence-transformers model, or the name of an earlier stage. It gets the
+            task's instruction, unless its prompts have no place for one or ``query_prompt`` says otherwise.
         trust_remote_code: whether to run code of the teacher that this package does not ship.
         corpus: the documents to search besides the positives: what ``load_rows`` reads, or a folder in BEIR's layout.
         corpus_columns: what the corpus's columns are called, such as ``{text: body}``.
@@ -163,8 +203,8 @@ class RunConfig:
         model: the arguments of ``build_model``: ``base``, ``recipe``, ``lora``, ``max_seq_length``, ... Or ``load``,
             the folder or Hub id of a trained model to begin from as it is.
         data: each data set by a name of one's own: ``read``, a builder of ``st_llm_embed.data``, and its arguments;
-            ``instruction`` and other settings of its ``Task``, unless ``known_task`` knows the name; and ``mine``, to
-            mine hard negatives for it first.
+            ``instruction`` and other settings of its ``Task``, unless ``known_task`` knows the name; ``mine``, to
+            mine hard negatives for it first; and ``teacher_embeddings``, files of a teacher's vectors.
         stages: the stages, in their order.
         arguments: the arguments of ``LLMEmbedTrainingArguments`` for all stages that they have an effect on.
         seed: the seed of everything.
@@ -172,6 +212,8 @@ class RunConfig:
         seal: whether to write the last stage's model as a folder that loads without this package, ``output/sealed``;
             or what its card says.
         evaluate: the evaluation of the last stage's model.
+        vectors: the folder that keeps teachers' vectors, of mining and of teaching, which other runs may share.
+            Default: ``output/vectors``.
     """
 
     output: str | Path
@@ -183,6 +225,18 @@ class RunConfig:
     name: str | None = None
     seal: bool | dict[str, Any] = False
     evaluate: Evaluation | None = None
+    vectors: str | Path | None = None
+
+    def projects(self, number: int) -> bool:
+        """Whether a stage begins with a new projection into its teacher's space."""
+        teach = self.stages[number].teach
+        if teach is None or teach.projection is not None:
+            return teach is not None and bool(teach.projection)
+        return not any(earlier.teach for earlier in self.stages[:number])
+
+    def is_projected(self, number: int) -> bool:
+        """Whether the model of a stage has a projection into a teacher's space, new or of an earlier stage."""
+        return any(map(self.projects, range(number + 1)))
 
     def model_of(self, stage: Stage) -> dict[str, Any]:
         """The model's settings in a stage."""
@@ -247,6 +301,12 @@ MINE = part(
     fields_of(mine_negatives, without=NOT_OF_MINING, limits=LIMITS),
 )
 TASK = fields_of(Task, without=("name", "negatives"), needed=(), limits=LIMITS, kinds={"kind": Literal[tuple(KINDS)]})
+TAUGHT: dict[str, Any] = {
+    "teacher_embeddings": (
+        dict[str, PathText],
+        Field({}, description="``.npy`` files of a teacher's vectors, by the column of texts that they are of."),
+    )
+}
 MINED = {"mine": (MINE, Field(None, description="what hard negatives are mined by, before the rows are trained on."))}
 COLUMNS: dict[str, Any] = {
     "columns": (
@@ -263,6 +323,7 @@ READS |= {
         COLUMNS,
         TASK,
         MINED,
+        TAUGHT,
         open_ended=name == "load_dataset",
     )
     for name, reader in READERS.items()
@@ -273,6 +334,7 @@ DATA = choice(
     of=lambda given: str(given.get("read")),
     valid=f"Valid: {', '.join(READS)}.",
 )
+TEACH = part("teach", fields_of(Teach, limits=LIMITS, kinds={"teacher": PathText}))
 STAGE = part(
     "stage",
     fields_of(
@@ -284,6 +346,7 @@ STAGE = part(
             "arguments": ARGUMENTS,
             "model": STAGE_MODEL,
             "loss": LOSS,
+            "teach": TEACH,
             "eval_data": list[Name],
             "eval_tasks": list[PathText],
         },
@@ -298,6 +361,7 @@ RUN = part(
         limits=LIMITS,
         kinds={
             "output": NewPath,
+            "vectors": NewPath,
             "model": MODEL,
             "data": dict[Name, DATA],  # type: ignore[valid-type]
             "stages": Annotated[list[STAGE], Field(min_length=1)],  # type: ignore[valid-type]
@@ -317,7 +381,10 @@ def read_run(given: Given) -> RunConfig:
     """
     with given.naming():
         values = check(RUN, given.values, given.folder)
-    values["stages"] = [Stage(**stage) for stage in values["stages"]]
+    values["stages"] = [
+        Stage(**{**stage, **({"teach": Teach(**stage["teach"])} if stage.get("teach") is not None else {})})
+        for stage in values["stages"]
+    ]
     if "evaluate" in values:
         values["evaluate"] = Evaluation(**values["evaluate"])
     config = RunConfig(**values)
@@ -330,6 +397,9 @@ def read_run(given: Given) -> RunConfig:
                 raise ValueError("has eval_split, and no eval_tasks whose split it could be. Leave it out.")
             _check_stage(stage, config)
     for name, settings in config.data.items():
+        if "mine" in settings and settings.get("teacher_embeddings"):
+            with given.naming("data", name):
+                raise ValueError("has teacher_embeddings, and mine, whose negatives they do not know. Leave one out.")
         if "mine" in settings:
             with given.naming("data", name, "mine"):
                 check_name(name)
@@ -418,6 +488,8 @@ def _check_stage(stage: Stage, config: RunConfig) -> None:
             f"has early_stopping_patience={stage.early_stopping_patience}, and neither eval_data nor eval_tasks to "
             "stop by."
         )
+    if stage.teach is not None and pretext:
+        raise ValueError(f"has teach, and data of {PRETEXT}, which no teacher is asked about. Leave out one of them.")
     if stage.eval_tasks and pretext:
         raise ValueError("has eval_tasks, and pretext data, after which there is nothing to retrieve with yet.")
 
@@ -456,7 +528,8 @@ def stage_arguments(
         with given.naming("stages", number):
             args = LLMEmbedTrainingArguments("unused", **arguments)
             idle.append(
-                args.idle(stage_tasks, False) | ({} if evaluates else dict.fromkeys(OF_EVALUATION, NOT_EVALUATED))
+                args.idle(stage_tasks, False, config.stages[number].teach is not None)
+                | ({} if evaluates else dict.fromkeys(OF_EVALUATION, NOT_EVALUATED))
             )
     for number, (stage, arguments) in enumerate(zip(config.stages, merged, strict=True)):
         for name in set(idle[number]) & set(arguments) - set(stage.arguments):
@@ -487,7 +560,7 @@ def _check_arguments(
     metrics: list[str],
 ) -> None:
     args = LLMEmbedTrainingArguments("unused", **arguments)
-    args.check_effect(tasks, False)
+    args.check_effect(tasks, False, stage.teach is not None)
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ValueError(f"max_steps={args.max_steps}, num_train_epochs={args.num_train_epochs:g} train nothing.")
     steps_of_all = arguments.get("max_steps", -1) > 0 and "max_steps" not in stage.arguments

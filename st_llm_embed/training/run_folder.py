@@ -47,7 +47,7 @@ def check_ours(output: Path, changes: Callable[[Path, Any], list[str]]) -> list[
     if file.is_file():
         if any(output.glob("*-*/checkpoint-*")) or any(output.glob("*-*/model")):
             return changes(output, read_yaml(file))
-    known = ("config.yaml", LOCK, "mined", "sealed", "sealed.json", "results")
+    known = ("config.yaml", LOCK, "mined", "vectors", "sealed", "sealed.json", "results")
     if output.is_dir() and any(
         entry.name not in known and not OF_STAGE.fullmatch(entry.name) for entry in output.iterdir()
     ):

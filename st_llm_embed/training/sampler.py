@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 from torch.utils.data import Sampler
 
@@ -26,6 +27,7 @@ from st_llm_embed.losses.row_labels import number_texts
 
 logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 50_000
+STEPS_SORTED = 16  # at a time, by the length of their rows
 AwaitedText = tuple[int, bool]  # a text's number, and whether the rows that wait for it have it as anchor or positive
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, without their whole parts, spread evenly: the first few and all
 
@@ -40,12 +42,14 @@ class Source:
         distinct: whether its rows are each other's negatives, so that no step may have an anchor or positive of one
             row in another row.
         weight: a factor on the task's share.
+        by_length: whether rows of like length come together: of 16 steps' rows, the shortest make one step, and so on.
     """
 
     name: str
     rows: Dataset
     distinct: bool = True
     weight: float = 1.0
+    by_length: bool = False
 
 
 class RowOrder:
@@ -59,9 +63,19 @@ class RowOrder:
         texts: ``(rows, columns)``, a number for each text, equal where texts are equal; None where rows are not each
             other's negatives.
         random: the generator of the order.
+        lengths: ``(rows,)``, by which rows come together; None for no such order.
+        together: the number of rows of a step.
     """
 
-    def __init__(self, rows: int, texts: np.ndarray | None, random: np.random.Generator) -> None:
+    def __init__(
+        self,
+        rows: int,
+        texts: np.ndarray | None,
+        random: np.random.Generator,
+        lengths: np.ndarray | None = None,
+        together: int = 1,
+    ) -> None:
+        self.lengths, self.together = lengths, together
         self.texts = texts
         self.random = random
         self.order: Iterator[int] = iter(())
@@ -96,8 +110,21 @@ class RowOrder:
                     return row
             if self.seen_all:
                 return None
-            self.order = iter(self.random.permutation(np.flatnonzero(~self.is_waiting)).tolist())
+            self.order = iter(self._by_length(self.random.permutation(np.flatnonzero(~self.is_waiting))).tolist())
             self.seen_all = self.texts is not None
+
+    def _by_length(self, order: np.ndarray) -> np.ndarray:
+        """An order in which the rows of a step are of like length, and the steps of any."""
+        if self.lengths is None:
+            return order
+        steps: list[np.ndarray] = []
+        for start in range(0, len(order), STEPS_SORTED * self.together):
+            rows = order[start : start + STEPS_SORTED * self.together]
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            whole = len(rows) // self.together
+            steps += [rows[step * self.together :][: self.together] for step in self.random.permutation(whole)]
+            steps.append(rows[whole * self.together :])  # of the last, which fill none
+        return np.concatenate([order[:0], *steps])
 
     def _next_waiting(self, text: AwaitedText) -> int | None:
         rows = self.waiting[text]
@@ -169,6 +196,7 @@ class TaskBatchSampler(Sampler[list[int]]):
         sizes = [len(source.rows) for source in self.sources]
         self._starts = np.cumsum([0, *sizes])
         self._texts = [text_numbers(source.rows) if source.distinct else None for source in self.sources]
+        self._lengths = [text_lengths(source.rows) if source.by_length else None for source in self.sources]
         shares = np.array([s.weight * n ** (1 / temperature) for s, n in zip(self.sources, sizes, strict=True)])
         shares *= sum(sizes) / shares.sum()  # rows of an epoch
         # The same number of rows on each process.
@@ -246,7 +274,8 @@ class TaskBatchSampler(Sampler[list[int]]):
 
     def _row_order(self, number: int) -> RowOrder:
         source = self.sources[number]
-        return RowOrder(len(source.rows), self._texts[number], self._generator(f"rows of {source.name}"))
+        random = self._generator(f"rows of {source.name}")
+        return RowOrder(len(source.rows), self._texts[number], random, self._lengths[number], self._step_sizes[number])
 
 
 def apportion(exact: np.ndarray, epoch: int) -> np.ndarray:
@@ -260,6 +289,16 @@ def apportion(exact: np.ndarray, epoch: int) -> np.ndarray:
     ends = np.round(np.cumsum(exact - whole), 9)
     marks = np.ceil(ends - (0.5 + epoch * GOLDEN) % 1)
     return (whole + np.diff(marks, prepend=0)).astype(int)
+
+
+def text_lengths(rows: Dataset) -> np.ndarray:
+    """``(rows,)``: the number of characters of each row's texts."""
+    columns = text_columns(rows.column_names)
+    parts = [
+        sum(pc.utf8_length(batch[column]).to_numpy() for column in columns)
+        for batch in rows.with_format("arrow").iter(ROWS_AT_ONCE)
+    ]
+    return np.concatenate(parts)
 
 
 def text_numbers(rows: Dataset) -> np.ndarray:

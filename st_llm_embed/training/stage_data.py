@@ -22,6 +22,7 @@ from st_llm_embed.data import (
     from_nli,
     from_parallel_text,
     from_sts,
+    from_texts,
     load_rows,
     paragraphs,
     rename_columns,
@@ -29,6 +30,7 @@ from st_llm_embed.data import (
     windows,
 )
 from st_llm_embed.tasks import Task, known_task
+from st_llm_embed.teaching import with_arrays
 
 OF_TASKS = [field.name for field in fields(Task) if field.name not in ("name", "negatives")]
 OF_FILES = ("arrow", "csv", "json", "parquet", "text")  # what load_dataset reads files of this machine by
@@ -45,6 +47,7 @@ READERS: dict[str, Callable[..., Any]] = {
         from_nli,
         from_parallel_text,
         from_sts,
+        from_texts,
         load_dataset,
         load_from_disk,
     )
@@ -66,7 +69,7 @@ def read_data(
     Raises:
         ValueError, OSError: for what cannot be read, or is no task's data.
     """
-    arguments = {key: value for key, value in settings.items() if key not in ("read", "mine")}
+    arguments = {key: value for key, value in settings.items() if key not in ("read", "mine", "teacher_embeddings")}
     if settings["read"] == PRETEXT:
         rows = read_pretext(**arguments)
         check_pretext_columns(rows, name)
@@ -84,7 +87,7 @@ def read_data(
         raise ValueError(f"It is read as {', '.join(rows)}. Name one of them: split: {next(iter(rows))}.")
     if columns and "source" not in arguments:
         rows = rename_columns(rows, columns, name)
-    return rows, task
+    return with_arrays(rows, settings.get("teacher_embeddings") or {}), task
 
 
 def task_of(name: str, settings: Mapping[str, Any]) -> Task:
@@ -94,6 +97,8 @@ def task_of(name: str, settings: Mapping[str, Any]) -> Task:
         ValueError: for a name that is not known, and without an instruction.
     """
     own = {key: settings[key] for key in OF_TASKS if key in settings}
+    if settings["read"] == from_texts.__name__ and "instruction" not in own:
+        return Task(name, **{"kind": "documents", **own})
     return Task(name, **own) if "instruction" in own else replace(known_task(name), name=name, **own)
 
 

@@ -13,9 +13,9 @@
       - {name: blended, data: [scifact, moods], arguments: {stage: 2, num_train_epochs: 1}}
 
 Every key is in ``run_config.RunConfig``. Each stage leaves ``output/NUMBER-NAME/model``; what is mined for it lies in
-``output/mined``, and at the end, where asked for, the sealed model in ``output/sealed`` and its figures in
-``output/results``. A run that was killed is started again with the same configuration: finished stages are kept, and
-the one in between goes on from its last checkpoint.
+``output/mined``, what teachers give in ``output/vectors``, and at the end, where asked for, the sealed model in
+``output/sealed`` and its figures in ``output/results``. A run that was killed is started again with the same
+configuration: finished stages are kept, and the one in between goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, set_seed
 
-from st_llm_embed.files import check_room, read_json, size_of, write_json, written_beside
+from st_llm_embed.files import check_room, check_writable, read_json, size_of, write_json, written_beside
 from st_llm_embed.hub import save_sealed
 from st_llm_embed.hub.card import record_training, state_card
+from st_llm_embed.hub.teacher import FILE as TEACHER_FILE
+from st_llm_embed.hub.teacher import teacher_of
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.model import Outline
 from st_llm_embed.tasks import encoding_prompts
+from st_llm_embed.teaching.teacher import Teaching
 from st_llm_embed.training.changes import find_changes
 from st_llm_embed.training.configuration import Given
 from st_llm_embed.training.mined_data import check_mining, mined_rows, stand_in
@@ -61,7 +64,8 @@ from st_llm_embed.training.run_folder import (
     without_tokens,
 )
 from st_llm_embed.training.stage_data import read_data
-from st_llm_embed.training.start import begin, check_stage, outline_stage
+from st_llm_embed.training.start import begin, check_stage, outline_stage, unprojected
+from st_llm_embed.training.taught_data import StageTeacher, StandIn, check_teachers, projection_of, without_vectors
 from st_llm_embed.training.trainer import LLMEmbedTrainer
 from st_llm_embed.training.training_args import OF_TASKS, LLMEmbedTrainingArguments
 from st_llm_embed.trust import fetch, load_trusted
@@ -108,9 +112,11 @@ def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[st
         if rehearsing is None or run.config.differs(number):
             model = rehearsing = None  # two at once may not fit into memory
             goes_on = previous == run.before(number)
-            rehearsing = begin(run.config, number, previous if goes_on else None)
+            rehearsing = begin(run.config, number, previous if goes_on else None, run.widths)
             check_room(run.output, size_of(rehearsing))
             model = rehearsing if goes_on else None
+        if run.config.projects(number):
+            rehearsing = unprojected(rehearsing, run.widths[number])
         with rehearsed(number, rehearsing, run):
             pass
     del rehearsing
@@ -127,17 +133,32 @@ def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[st
                     run.mine(name)
                 if model is None or run.config.differs(number):
                     model = None
-                    model = begin(run.config, number, previous)
+                    model = begin(run.config, number, previous, run.widths)
+                checkpoint = last_checkpoint(folder)
+                teacher = run.teacher(number)
+                if teacher and _is_first_process():
+                    with run.given.naming("stages", number, "teach"):
+                        teacher.pin(folder, goes_on=checkpoint is not None)
+                taught = teacher.encode() if teacher else None
+                if teacher and taught:
+                    model = teacher.begin(model, taught, fits=checkpoint is None)
+                elif (projection := projection_of(model)) is not None:
+                    projection.requires_grad_(True)  # of the stage before
                 set_seed(run.config.seed + number + 1)  # adapters' dropout, and nothing else, depends on it
-                trainer = _trainer(stage, model, run, LLMEmbedTrainingArguments(str(folder), **run.arguments[number]))
-                if (checkpoint := last_checkpoint(folder)) is not None:
+                args = LLMEmbedTrainingArguments(str(folder), **run.arguments[number])
+                trainer = _trainer(stage, model, run, args, taught)
+                if checkpoint is not None:
                     logger.warning("Stage %s goes on from %s.", stage.name, checkpoint)
                 trainer.train(resume_from_checkpoint=checkpoint)
+                if teacher and taught:
+                    teacher.end(model, taught)
                 card_rows.append(_card_row(stage, run))
                 with trainer.whole_model() as whole:
                     if trainer.is_world_process_zero():
                         with written_beside(folder / "model") as staged:
                             whole.save_pretrained(str(staged))
+                            if teacher and (space := teacher.space()):
+                                write_json(staged / TEACHER_FILE, space._asdict())
                             record_training(staged / "README.md", card_rows, run.earlier_card)
                 trainer.accelerator.wait_for_everyone()
                 if trainer.is_fsdp_enabled:
@@ -189,7 +210,7 @@ def _sealed(run: Run, model: Path, trusts: bool) -> Path:
         trained = merge_adapter(trained)
     state_card(trained, run.config.name, settings.get("license"))
     write_json(mark, made_of)  # first: a sealed folder is whole or not there
-    save_sealed(trained, sealed, samples=settings.get("samples", False))
+    save_sealed(trained, sealed, samples=settings.get("samples", False), teacher=teacher_of(model))
     return sealed
 
 
@@ -206,6 +227,7 @@ class Run:
         mines: the rows that are to be mined, by the name of the data set.
         evaluators: what evaluates a stage's ``eval_tasks``, by the stage's name.
         arguments: the training arguments of each stage.
+        widths: the width of each stage's teacher's vectors; 0 of a stage without one.
     """
 
     config: RunConfig
@@ -215,6 +237,7 @@ class Run:
     mines: dict[str, Dataset]
     evaluators: dict[str, TaskEvaluator]
     arguments: list[dict[str, Any]]
+    widths: list[int]
 
     @property
     def output(self) -> Path:
@@ -233,6 +256,30 @@ class Run:
         """The model that a stage goes on from."""
         return self.folders[number - 1] / "model" if number else None
 
+    def teacher(self, number: int) -> StageTeacher | None:
+        """The teacher of a stage."""
+        stage = self.config.stages[number]
+        if stage.teach is None:
+            return None
+        arguments = self.arguments[number]
+        return StageTeacher(
+            stage.teach,
+            {name: self.data[name] for name in stage.data},
+            {name: self.data[name] for name in stage.eval_data},
+            width=self.widths[number],
+            vectors=self.vectors,
+            projects=self.config.projects(number),
+            seed=self.config.seed,
+            batch_size=arguments.get("per_device_eval_batch_size", 32),
+            precision=next((name for name in ("bf16", "fp16") if arguments.get(name)), None),
+            matches=bool(arguments.get("distill_weight", 1.0)),
+        )
+
+    @property
+    def vectors(self) -> Path:
+        """The folder of teachers' vectors."""
+        return Path(self.config.vectors) if self.config.vectors is not None else self.output / "vectors"
+
     def teachers(self, stage: Stage) -> dict[str, str]:
         """The teachers that mine the negatives of a stage's data sets."""
         mined = {name: self.config.data[name]["mine"] for name in stage.data if "mine" in self.config.data[name]}
@@ -246,9 +293,11 @@ class Run:
                 for stage, folder in zip(self.config.stages, self.folders, strict=True)
                 if (folder / "model").is_dir()
             }
+            task = self.data[name][1]
             with self.given.naming("data", name, "mine"):
-                mined = mined_rows(rows, self.config.data[name], self.output / "mined" / name, finished)
-            self.data[name] = (mined, self.data[name][1])
+                folder = self.output / "mined" / name
+                mined = mined_rows(rows, task, self.config.data[name], folder, self.vectors, finished)
+            self.data[name] = (mined, task)
 
     @cached_property
     def earlier_card(self) -> Path | None:
@@ -311,8 +360,9 @@ def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str
 
                 evaluators[stage.name] = TaskEvaluator(stage.eval_tasks, split=stage.eval_split)
     arguments = stage_arguments(settings, data, given, evaluators)
+    widths = check_teachers(settings, data, outlines, given)
     text = yaml.safe_dump(without_tokens(given.values), sort_keys=True)
-    run = Run(settings, given, text, data, mines, evaluators, arguments)
+    run = Run(settings, given, text, data, mines, evaluators, arguments, widths)
     for number, (stage, outline) in enumerate(zip(settings.stages, outlines, strict=True)):
         if outline is None:
             continue
@@ -324,6 +374,9 @@ def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str
             small = SentenceTransformer(modules=[StaticEmbedding(outline.tokenizer, embedding_dim=8)])
             with rehearsed(number, small, run, nn.Identity()):
                 pass
+    if settings.vectors is not None:
+        with given.naming("vectors"):
+            check_writable(Path(settings.vectors))
     if settings.evaluate is not None:
         with given.naming("evaluate"):
             from st_llm_embed.evaluation.evaluate import choose_tasks, read_through
@@ -341,6 +394,7 @@ def _trainer(
     model: SentenceTransformer,
     run: Run,
     args: LLMEmbedTrainingArguments,
+    teacher: Teaching | None,
     loss: nn.Module | None = None,
 ) -> LLMEmbedTrainer:
     callbacks: list[TrainerCallback] = []
@@ -354,6 +408,8 @@ def _trainer(
         loss = loss or PretextLoss(model, **settings)
         return LLMEmbedTrainer(model, args, pretext_rows, eval_pretext, loss=loss, callbacks=callbacks)
     rows, eval_rows = ({name: run.data[name][0] for name in names} for names in (stage.data, stage.eval_data))
+    if teacher is not None:  # who has the vectors that the data bring
+        rows, eval_rows = ({name: without_vectors(part) for name, part in of.items()} for of in (rows, eval_rows))
     tasks = {run.data[name][1].name: run.data[name][1] for name in (*stage.data, *stage.eval_data)}
     prompts = dict(model.prompts)
     trainer = LLMEmbedTrainer(
@@ -362,6 +418,7 @@ def _trainer(
         rows,
         eval_rows or None,
         tasks=list(tasks.values()),
+        teacher=teacher,
         evaluator=run.evaluators.get(stage.name),
         callbacks=callbacks,
     )
@@ -398,7 +455,11 @@ def rehearsed(
             arguments.pop("learning_rate_mapping", None)  # which names parameters of the model's own
         args = LLMEmbedTrainingArguments(scratch, **arguments)
         args.push_to_hub = False  # it would make the repository
-        trainer = _trainer(run.config.stages[number], stand_in, run, args, loss)
+        stage = run.config.stages[number]
+        teacher = StandIn(stand_in.get_embedding_dimension()) if stage.teach else None
+        trainer = _trainer(stage, stand_in, run, args, teacher, loss)
+        if trainer.is_fsdp_enabled and stage.teach and stage.teach.refit:
+            raise ValueError("has refit: true, and under FSDP no process has the whole model to fit. Leave it out.")
         trainer.get_train_dataloader()
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             trainer.create_optimizer_and_scheduler(num_training_steps=1)
@@ -413,6 +474,8 @@ def _card_row(stage: Stage, run: Run) -> dict[str, str]:
     if lora := run.config.model_of(stage).get("lora"):
         settings["lora"] = lora
     settings |= {key: value for key, value in stage.loss.items() if key != "lm_head"}
+    if stage.teach is not None and (teacher := stage.teach.teacher) is not None:
+        settings["teacher"] = Path(teacher).name if Path(teacher).exists() else teacher
     mined = [f"{name} by {Path(teacher).name}" for name, teacher in run.teachers(stage).items()]
     return {
         "": stage.name,

@@ -21,6 +21,7 @@ from st_llm_embed.modules.adapters import ADAPTER_CONFIG
 from st_llm_embed.modules.special_tokens import special_ids
 from st_llm_embed.recipes import RECIPES
 from st_llm_embed.tasks import Task, encoding_prompts
+from st_llm_embed.teaching.alignment import unfitted, with_projection, without_length
 from st_llm_embed.training.configuration import Given
 from st_llm_embed.training.run_config import RunConfig, Stage, read_run
 from st_llm_embed.training.stage_data import PRETEXT, task_of
@@ -29,7 +30,7 @@ from st_llm_embed.weights.merging import has_adapter, merge_adapter
 from st_llm_embed.weights.saved import load_saved
 
 
-def begin(config: RunConfig, number: int, previous: Path | None) -> SentenceTransformer:
+def begin(config: RunConfig, number: int, previous: Path | None, widths: Sequence[int]) -> SentenceTransformer:
     """The model that a stage trains.
 
     Args:
@@ -37,6 +38,7 @@ def begin(config: RunConfig, number: int, previous: Path | None) -> SentenceTran
         number: the stage, from 0.
         previous: the folder of the model that the stage before left; None for a model of the same parts that is not
             trained yet.
+        widths: the width of the teacher's vectors in each stage.
     """
     set_seed(config.seed)
     stage = config.stages[number]
@@ -45,6 +47,9 @@ def begin(config: RunConfig, number: int, previous: Path | None) -> SentenceTran
     model = _load(settings) if "load" in settings else build_model(**{**settings, "lora": before.get("lora", False)})
     if "load" in settings:
         model = _with_lora(model, before.get("lora"), None, is_untouched=True)
+    for earlier in range(number):
+        if config.projects(earlier):
+            model = unprojected(model, widths[earlier])
     if previous is not None:
         load_saved(model, previous)
     if settings.get("lora") != before.get("lora"):
@@ -72,9 +77,15 @@ def begin_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str, 
     for name, data in settings.data.items():
         with given.naming("data", name):
             tasks += [task_of(name, data)] if data["read"] != PRETEXT else []
-    model = begin(settings, 0, None)
+    model = begin(settings, 0, None, [])
     model.prompts.update(encoding_prompts(tasks, model.prompts, model.default_prompt_name))
     return model
+
+
+def unprojected(model: SentenceTransformer, width: int) -> SentenceTransformer:
+    """The model with a projection of so many dimensions whose weights are still to come."""
+    pooled = without_length(model)
+    return with_projection(pooled, unfitted(pooled.get_embedding_dimension(), width))
 
 
 def _load(settings: Mapping[str, Any]) -> SentenceTransformer:

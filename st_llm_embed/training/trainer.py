@@ -9,11 +9,12 @@ number ends the run, and says where.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.data_collator import BaseDataCollator
@@ -22,14 +23,17 @@ from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from st_llm_embed.data.columns import check_classes, check_pretext_columns
+from st_llm_embed.data.columns import SOFT_LABELS, check_classes, check_pretext_columns
+from st_llm_embed.data.columns import TEACHER_EMBEDDING as COLUMN
 from st_llm_embed.hub import publish
-from st_llm_embed.losses import InstructionContrastiveLoss, PretextLoss
+from st_llm_embed.losses import DistillationLoss, InstructionContrastiveLoss, PretextLoss
 from st_llm_embed.tasks import Task
+from st_llm_embed.teaching.embeddings import TeacherEmbeddings, brings_embeddings
+from st_llm_embed.teaching.teacher import Teaching, embeddings_of
 from st_llm_embed.training.collator import TaskCollator
 from st_llm_embed.training.sampler import TaskBatchSampler
 from st_llm_embed.training.sharding import prepare_for_sharding, whole_weights
-from st_llm_embed.training.task_plan import TaskPlan, check_blended_prompts, contrastive_loss
+from st_llm_embed.training.task_plan import TaskPlan, check_blended_prompts, contrastive_loss, distillation_loss
 from st_llm_embed.training.training_args import LLMEmbedTrainingArguments
 from st_llm_embed.weights.saved import is_quantized, load_saved
 
@@ -48,7 +52,12 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         eval_dataset: likewise, each with as many negatives as it has.
         loss: as in the host. With ``tasks``, ``InstructionContrastiveLoss`` as ``args`` say, or one of your own: with
             settings of its own, or around it, such as ``MatryoshkaLoss``.
-        tasks: one ``Task`` for each data set.
+        tasks: one ``Task`` for each data set. Its instruction goes into the template that the model's prompts show;
+            where they have no place for one, a warning says so.
+        teacher: a ``Teacher``, whose vectors of all texts are taken before the training; without one, data sets may
+            bring some in columns of lists, ``anchor_teacher_embedding`` beside ``anchor``. Either way rows of a
+            single text will do: ``text``, a document, or ``anchor``, a query. The loss is ``DistillationLoss``, as
+            ``args`` say. Rows may have ``scores`` of their documents, which ``args.soft_label_weight`` reads.
         **kwargs: the host's other arguments.
 
     Raises:
@@ -56,7 +65,8 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             classes, a task that has neither negatives of its own nor in-batch ones, ``tasks`` together with
             ``args.prompts``, ``args.router_mapping``, a collator or a loss that does not read whose negatives are
             whose, arguments without effect, blended prompts that the model's pooling cannot leave out, or neither
-            ``tasks`` nor a loss.
+            ``tasks`` nor a loss; for a teacher of another width than the model's, or that is the model; vectors or
+            scores that are not finite or too few, or that no loss reads.
         FloatingPointError: in training, when the loss is not finite.
     """
 
@@ -71,6 +81,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         loss: nn.Module | dict[str, nn.Module] | Callable[[SentenceTransformer], nn.Module] | None = None,
         *,
         tasks: Sequence[Task] | None = None,
+        teacher: Teaching | None = None,
         data_collator: BaseDataCollator | None = None,
         **kwargs: Any,
     ) -> None:
@@ -78,6 +89,15 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             raise ValueError(f"args is {type(args).__name__}. LLMEmbedTrainer takes LLMEmbedTrainingArguments.")
         self.plan: TaskPlan | None = None
         self.own_loss, self.own_collator = loss is not None, data_collator is not None
+        self.teacher_embeddings: list[Mapping[str, TeacherEmbeddings]] = []
+        self.teacher = teacher
+        self.taught = teacher is not None or any(map(brings_embeddings, _named(train_dataset)))
+        if isinstance(teacher, nn.Module):
+            raise ValueError("teacher= takes a Teacher, which keeps the vectors: Teacher(model, 'vectors').")
+        if self.taught and tasks is None:
+            raise ValueError("A teacher's vectors are read with tasks=[Task(...), ...] only, and there are none.")
+        if teacher is not None and getattr(teacher, "model", None) is model:
+            raise ValueError("The teacher is the student. Give another model, which knows more.")
         if tasks is not None:
             if args is not None and (args.prompts or args.router_mapping):
                 raise ValueError(
@@ -96,7 +116,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             args = _own_copy(args)
             args.prompts = {"text": loss.prefix + "{text}"}
         if args is not None:
-            args.check_effect(tasks, self.own_loss)
+            args.check_effect(tasks, self.own_loss, self.taught)
         super().__init__(model, args, train_dataset, eval_dataset, loss, data_collator=data_collator, **kwargs)
         if self.is_fsdp_enabled:
             prepare_for_sharding(self.model)
@@ -104,6 +124,8 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
 
     def _save_prompts(self) -> None:
         if self.plan is not None:
+            if self.is_world_process_zero():
+                self.plan.warn_of_instructions(self.model)
             self.model.prompts.update(self.plan.encoding_prompts(self.model))
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -111,7 +133,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         super()._hp_search_setup(trial)
         if self.model_init is None:
             return
-        self.args.check_effect(self.plan and self.plan.tasks.values(), self.own_loss)
+        self.args.check_effect(self.plan and self.plan.tasks.values(), self.own_loss, self.taught)
         if self.plan is not None:
             self.plan.set_groups(self.args)
         if not self.own_collator:
@@ -123,7 +145,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
     def get_default_loss(self, model: SentenceTransformer) -> nn.Module:
         if self.plan is None:
             return super().get_default_loss(model)
-        return InstructionContrastiveLoss(
+        contrastive = InstructionContrastiveLoss(
             model,
             scale=1 / self.args.temperature,
             in_batch_negatives=self.plan.in_batch_negatives,
@@ -131,6 +153,18 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             mini_batch_size=self.args.mini_batch_size,
             gather_across_devices=self.args.gather_across_devices,
             spread_weight=self.args.spread_weight,
+        )
+        if not (self.taught or self.args.soft_label_weight):
+            return contrastive
+        return DistillationLoss(
+            model,
+            contrastive,
+            distill_weight=self.args.distill_weight if self.taught else 0,
+            score_weight=self.args.score_weight if self.taught else 0,
+            soft_label_weight=self.args.soft_label_weight,
+            contrastive_weight=self.args.contrastive_weight,
+            score_temperature=self.args.score_temperature,
+            soft_label_temperature=self.args.soft_label_temperature,
         )
 
     def override_model_in_loss(self, loss: nn.Module, model: nn.Module) -> nn.Module:
@@ -166,11 +200,66 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         if unknown := sorted(set(dataset) - set(plan.tasks)):
             raise ValueError(f"The data sets {unknown} have no task. Tasks: {sorted(plan.tasks)}.")
         for name, rows in dataset.items():
-            plan.add_data(name, rows, training=training, blended=self.args.blended)
-            plan.check_loss(name, self.loss[name] if isinstance(self.loss, dict) else self.loss)
+            loss = self.loss[name] if isinstance(self.loss, dict) else self.loss
+            plan.check_loss(name, loss)
+            distillation = distillation_loss(loss)
+            needs_teacher = distillation is not None and distillation.needs_teacher
+            contrastive = distillation is None or bool(distillation.weights["contrastive_weight"])
+            plan.add_data(
+                name,
+                rows,
+                training=training,
+                blended=self.args.blended,
+                taught=needs_teacher,
+                contrastive=contrastive,
+            )
+            dataset[name] = self._with_teacher(name, rows, plan, needs_teacher)
+            weight = 0.0 if distillation is None else distillation.weights["soft_label_weight"]
+            if SOFT_LABELS in rows.column_names and not weight:
+                raise ValueError(
+                    f"Data set {name!r} has {SOFT_LABELS}, which nothing reads. Say soft_label_weight=1.0 in the "
+                    "training arguments, or leave the column out."
+                )
+            if training and weight and not any(SOFT_LABELS in other.column_names for other in dataset.values()):
+                raise ValueError(
+                    f"soft_label_weight={weight} and no data set has a column {SOFT_LABELS!r}, a list of numbers for "
+                    "the documents of each row."
+                )
         self.data_collator = self.get_data_collator(self.model, self.args)
         if training and self.args.blended:
             check_blended_prompts(self.args.prompts, dataset, self.model)
+
+    def _with_teacher(self, name: str, rows: Dataset, plan: TaskPlan, needed: bool) -> Dataset:
+        """Rows that name their place among the teacher's vectors, instead of the vectors themselves.
+
+        Raises:
+            ValueError: for vectors that are missing, of another width than the model's, or not read by the loss.
+        """
+        if "teacher_row" in rows.column_names:
+            return rows  # which have been here
+        brought = [column for column in rows.column_names if column.endswith(COLUMN)]
+        if (brought or self.teacher is not None) and not needed:
+            raise ValueError(
+                f"A teacher says something of data set {name!r}, and the loss does not read it. Give distill_weight "
+                "or score_weight a value, leave out a loss of your own, or give a DistillationLoss."
+            )
+        if not needed:
+            return rows
+        embeddings = embeddings_of(rows, plan.tasks[name], self.teacher)
+        width = self.model.get_embedding_dimension()
+        for column, vectors in embeddings.items():
+            if vectors.dim != width:
+                raise ValueError(
+                    f"The teacher's vectors of {column!r} in data set {name!r} have {vectors.dim} dimensions, and the "
+                    f"model's {width}. Give the model a projection into the teacher's space (st_llm_embed.teaching."
+                    "align; in a configuration it has one unless projection: false), or take as many of the "
+                    "teacher's first dimensions, if it is a Matryoshka one (truncate_dim)."
+                )
+        rows = rows.remove_columns(brought)
+        rows = rows.add_column("teacher_source", np.full(len(rows), len(self.teacher_embeddings)))
+        rows = rows.add_column("teacher_row", np.arange(len(rows)))
+        self.teacher_embeddings.append(embeddings)
+        return rows
 
     def _check_columns(self, dataset: AnyDataset, training: bool) -> None:
         """Has a data set without tasks what its loss reads?"""
@@ -201,6 +290,8 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             router_mapping=args.router_mapping,
             groups=self.plan.groups,
             num_negatives=self.plan.num_negatives,
+            pairs=self.plan.pairs,
+            teacher=self.teacher_embeddings,
             tokenizer=model.tokenizer,
         )
 
@@ -240,6 +331,9 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         where = dict(inputs)  # the host takes the data set's name out
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
+        of_data = self.loss[where["dataset_name"]] if isinstance(self.loss, dict) else self.loss
+        if (distillation := distillation_loss(of_data)) is not None:
+            self.track_loss_components(distillation.take_parts())
         if not loss.isfinite():
             raise FloatingPointError(self._describe(loss, where))
         return result
@@ -315,6 +409,10 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             commit_message=commit_message or "End of training",
             **kwargs,
         )
+
+
+def _named(data: AnyDataset | None) -> list[Dataset | IterableDataset]:
+    return list(data.values()) if isinstance(data, dict) else [] if data is None else [data]
 
 
 def _own_copy(args: LLMEmbedTrainingArguments | None) -> LLMEmbedTrainingArguments:

@@ -10,7 +10,13 @@ from transformers.trainer_utils import HubStrategy
 
 from st_llm_embed.tasks import Task
 
-OF_THE_LOSS = ("temperature", "false_negative_margin", "mini_batch_size", "gather_across_devices", "spread_weight")
+OF_A_TEACHER = ("distill_weight", "score_weight")
+OF_SOFT_LABELS = ("soft_label_weight", "soft_label_temperature")
+OF_DISTILLATION = (*OF_A_TEACHER, *OF_SOFT_LABELS, "score_temperature", "contrastive_weight")
+OF_THE_LOSS = (
+    *("temperature", "false_negative_margin", "mini_batch_size", "gather_across_devices", "spread_weight"),
+    *OF_DISTILLATION,
+)
 OF_IN_BATCH_NEGATIVES = ("false_negative_margin", "gather_across_devices")
 OF_THE_HOSTS_BATCHES = ("batch_sampler", "multi_dataset_batch_sampler")
 NOT_OF_THE_HOST = ("label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy")
@@ -18,7 +24,8 @@ NOT_OF_THE_HOST = ("label_smoothing_factor", "neftune_noise_alpha", "train_sampl
 
 @dataclass
 class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
-    """Adds what ``LLMEmbedTrainer`` reads where it gets ``tasks``.
+    """Adds what ``LLMEmbedTrainer`` reads where it gets ``tasks``. Of the host's own, ``train_sampling_strategy=
+    "group_by_length"`` gives each step rows of like length, of which less is padding.
 
     Args:
         stage: NV-Embed's stage: 1 for retrieval with in-batch and hard negatives; 2 for everything blended, own hard
@@ -36,6 +43,12 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
         gather_across_devices: whether other processes' rows count for in-batch negatives.
         spread_weight: the weight of the spread-out regulariser, such as 0.1, which keeps vectors apart and so lets
             them be compressed. Default: without it.
+        distill_weight: where there is a teacher, the weight of the match with its vectors (cosine).
+        score_weight: the weight of the match with its scores over the documents of the batch.
+        soft_label_weight: the weight of the match with the data's column ``scores``.
+        contrastive_weight: the weight of the contrastive loss beside a teacher or scores; 0 leaves it out.
+        score_temperature: the temperature of the cosines of both, in both matches of scores.
+        soft_label_temperature: the temperature of the column ``scores``: 1 for the logits of a cross-encoder.
 
     Raises:
         ValueError: for another stage, a number that is not positive, or ``push_to_hub`` during training.
@@ -50,6 +63,12 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
     mini_batch_size: int | None = field(default=None, metadata={"help": "Texts embedded at a time (GradCache)."})
     gather_across_devices: bool = field(default=False, metadata={"help": "In-batch negatives of all processes."})
     spread_weight: float | None = field(default=None, metadata={"help": "Weight of the spread-out regulariser."})
+    distill_weight: float = field(default=1.0, metadata={"help": "Weight of the match with a teacher's vectors."})
+    score_weight: float = field(default=0.0, metadata={"help": "Weight of the match with a teacher's scores."})
+    soft_label_weight: float = field(default=0.0, metadata={"help": "Weight of the match with the column scores."})
+    contrastive_weight: float = field(default=1.0, metadata={"help": "Weight of the contrastive loss beside these."})
+    score_temperature: float = field(default=0.05, metadata={"help": "Temperature of cosines in matches of scores."})
+    soft_label_temperature: float = field(default=1.0, metadata={"help": "Temperature of the column scores."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,10 +83,15 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
             "false_negative_margin",
             "mini_batch_size",
             "spread_weight",
+            "score_temperature",
+            "soft_label_temperature",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r} must be positive.")
+        for name in (*OF_A_TEACHER, "soft_label_weight", "contrastive_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or more.")
         if self.blended is None:
             self.blended = self.stage == 2
         if self.accelerator_config.dispatch_batches is None:
@@ -86,36 +110,63 @@ class LLMEmbedTrainingArguments(SentenceTransformerTrainingArguments):
             return self.in_batch_negatives
         return self.stage == 1 and bool(task.in_batch_negatives)
 
-    def idle(self, tasks: Collection[Task] | None, own_loss: bool) -> dict[str, str]:
+    @property
+    def by_length(self) -> bool:
+        """Whether the rows of a step are of like length."""
+        strategy = getattr(self, "train_sampling_strategy", "random")  # which transformers 5.2 does not know
+        return strategy == "group_by_length" and not self.blended
+
+    def idle(self, tasks: Collection[Task] | None, own_loss: bool, taught: bool = False) -> dict[str, str]:
         """The arguments that have no effect on a trainer, each with the reason and what to do instead.
 
         Args:
             tasks: the trainer's tasks; None if it has none.
             own_loss: whether the trainer is given a loss.
+            taught: whether there is a teacher.
         """
         reasons = dict.fromkeys(NOT_OF_THE_HOST, "sentence-transformers' trainer does not take it. Leave it out")
         reasons["data_seed"] = "the order of the rows is that of seed. Set that"
         if tasks is None:
             why = "it is read with tasks=[Task(...), ...] only. Give a loss of your own its settings itself"
             return reasons | dict.fromkeys(OF_TASKS, why)
+        if self.by_length:
+            del reasons["train_sampling_strategy"]
+        else:
+            why = "tasks= make the batches, at random or, unless blended, group_by_length"
+            reasons["train_sampling_strategy"] = f"{why}. Leave it out"
         why = "tasks= make the batches. Set blended, sampling_temperature or the tasks' weights instead"
         reasons |= dict.fromkeys(OF_THE_HOSTS_BATCHES, why)
         if not any(map(self.in_batch, tasks)):
             why = "no task has in-batch negatives in this stage. Leave it out"
             reasons |= dict.fromkeys(OF_IN_BATCH_NEGATIVES, why)
+        if not taught:
+            why = (
+                "there is no teacher. Give the trainer one, in a configuration teach: {teacher: ...}, or leave it out"
+            )
+            reasons |= dict.fromkeys(OF_A_TEACHER, why)
+        if not self.soft_label_weight:
+            reasons["soft_label_temperature"] = "soft_label_weight is 0. Raise that, or leave it out"
+            if not taught:
+                why = "there is nothing to learn beside the contrastive loss: no teacher, and no soft_label_weight"
+                reasons["contrastive_weight"] = f"{why}. Leave it out"
+        if not self.soft_label_weight and not (taught and self.score_weight):
+            reasons["score_temperature"] = "no scores are matched. Give score_weight a value, or leave it out"
+        if not self.contrastive_weight:
+            why = "contrastive_weight is 0. Leave it out"
+            reasons |= dict.fromkeys(("temperature", "false_negative_margin"), why)
         if own_loss:
             why = "the loss is one of your own. Give it the setting: InstructionContrastiveLoss(model, scale=1 / 0.02)"
             reasons |= dict.fromkeys(OF_THE_LOSS, why)
         return reasons
 
-    def check_effect(self, tasks: Collection[Task] | None, own_loss: bool) -> None:
+    def check_effect(self, tasks: Collection[Task] | None, own_loss: bool, taught: bool = False) -> None:
         """Check that each argument that is set has an effect.
 
         Raises:
             ValueError: for an argument that is ``idle`` and not at its default.
         """
         defaults = {argument.name: argument.default for argument in fields(self)} | {"blended": self.stage == 2}
-        for name, why in self.idle(tasks, own_loss).items():
+        for name, why in self.idle(tasks, own_loss, taught).items():
             value = getattr(self, name, None)
             if name in defaults and value != defaults[name]:  # transformers 5.2 does not know all
                 raise ValueError(f"The training argument {name}={value!r} has no effect: {why}.")
