@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 
-SOFT_LABELS = "scores"  # of each row's documents, by a cross-encoder or whatever knows
+SCORES = "scores"  # of each row's documents, by a cross-encoder or whatever knows
 # Beside the texts: the class, the scores, and what the host's trainer and this package's add.
 TEACHER_EMBEDDING = "_teacher_embedding"  # ends the name of the column of vectors of a column of texts
-NOT_TEXT = ("label", SOFT_LABELS, "dataset_name", "teacher_source", "teacher_row")
+NOT_TEXT = ("label", SCORES, "dataset_name", "teacher_source", "teacher_row")
 DOCUMENTS, QUERIES = ["text"], ["anchor"]  # the columns of single texts, which a teacher says something of
 
 
@@ -53,7 +53,7 @@ def check_contrastive_columns(dataset: Dataset | IterableDataset, name: str, neg
     check_text(dataset, name, text_columns(columns))
     if "label" in columns:
         check_classes(dataset, name)
-    if SOFT_LABELS in columns:
+    if SCORES in columns:
         check_scores(dataset, name, len(text_columns(columns)) - 1)
 
 
@@ -65,18 +65,18 @@ def check_scores(dataset: Dataset | IterableDataset, name: str, documents: int) 
     """
     if documents < 2:
         raise ValueError(
-            f"Data set {name!r} has {SOFT_LABELS}, and one document in each row, whose score alone says nothing. Give "
+            f"Data set {name!r} has {SCORES}, and one document in each row, whose score alone says nothing. Give "
             "it negatives, or leave the column out."
         )
     if isinstance(dataset, IterableDataset):
         return
     first_row = 0
     for batch in dataset.with_format("arrow").iter(batch_size=10_000):
-        for row, scores in enumerate(batch[SOFT_LABELS].to_pylist(), first_row):
+        for row, scores in enumerate(batch[SCORES].to_pylist(), first_row):
             numbers = isinstance(scores, list) and all(isinstance(score, int | float) for score in scores)
             if not numbers or len(scores) != documents or not np.isfinite(scores).all():
                 raise ValueError(
-                    f"Row {row} of data set {name!r} has the {SOFT_LABELS} {scores!r}. Expected a list of {documents} "
+                    f"Row {row} of data set {name!r} has the {SCORES} {scores!r}. Expected a list of {documents} "
                     "numbers, one for each of its documents: the positive, then the negatives."
                 )
         first_row += batch.num_rows

@@ -23,12 +23,11 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.files import read_json
 from st_llm_embed.hub import fresh_process
-from st_llm_embed.hub.teacher import match, name_teacher, teacher_of
+from st_llm_embed.hub.teacher import REFERENCE, match, name_teacher, teacher_of
 from st_llm_embed.modules import reference
 from st_llm_embed.modules.reference import TEXTS, differing_settings, take_reference
 from st_llm_embed.trust import check_base, check_no_code, check_saved, fetch, load_trusted
 
-REFERENCE = "reference.json"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PACKAGE = __name__.partition(".")[0]
 MOST_TEXTS, LONGEST_TEXT = 100, 100_000  # of a reference; characters

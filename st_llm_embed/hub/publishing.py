@@ -26,9 +26,9 @@ from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.files import check_empty, check_room, files_of, read_json, size_of, write_json, written_beside
 from st_llm_embed.hub.card import finish_card, inherit_license
-from st_llm_embed.hub.checking import REFERENCE, compare
+from st_llm_embed.hub.checking import compare
 from st_llm_embed.hub.sealing import seal
-from st_llm_embed.hub.teacher import TeacherName
+from st_llm_embed.hub.teacher import REFERENCE, TeacherName
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG, OWN_BASE
 from st_llm_embed.modules.reference import take_reference
 from st_llm_embed.trust import check_model, forget_code, has_code

@@ -51,11 +51,8 @@ class TeacherName(NamedTuple):
     @property
     def section(self) -> str:
         """Markdown for the student's card."""
-        if self.dimensions is None:
-            return SECTION.format(which="space", name=self.name, revision=self.revision)
-        return SECTION.format(
-            which=f"first {self.dimensions} dimensions of the space", name=self.name, revision=self.revision
-        )
+        which = "space" if self.dimensions is None else f"first {self.dimensions} dimensions of the space"
+        return SECTION.format(which=which, name=self.name, revision=self.revision)
 
 
 def name_teacher(source: str | Path, revision: str | None = None) -> TeacherName:

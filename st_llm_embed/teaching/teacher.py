@@ -97,8 +97,7 @@ class Teacher:
         encoded = {}
         self.cache.folder.mkdir(parents=True, exist_ok=True)
         for column in columns:
-            texts = rows.with_format(None).select_columns([column])
-            texts = texts if column == "text" else texts.rename_column(column, "text")
+            texts = texts_of(rows, column)
             first, number = distinct(text_hashes(texts))
             encode = {"query": self.cache.queries, "document": self.cache.documents}.get(
                 sides.get(column, ""), self.cache.texts
@@ -140,6 +139,12 @@ def embeddings_of(rows: Dataset, task: Task, teacher: Teaching | None) -> Mappin
                 f"{vectors.rows}."
             )
     return embeddings
+
+
+def texts_of(rows: Dataset, column: str) -> Dataset:
+    """One column of a data set, as ``text``."""
+    texts = rows.with_format(None).select_columns([column])
+    return texts if column == "text" else texts.rename_column(column, "text")
 
 
 def text_hashes(texts: Dataset) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from st_llm_embed.data.columns import DOCUMENTS, SOFT_LABELS, text_columns
+from st_llm_embed.data.columns import DOCUMENTS, SCORES, text_columns
 from st_llm_embed.losses import distillation
 from st_llm_embed.losses.row_labels import NONE, RowLabels, number_texts
 from st_llm_embed.teaching.embeddings import TeacherEmbeddings
@@ -61,10 +61,10 @@ class TaskCollator(SentenceTransformerDataCollator):
                 batch[f"{column}_{key}"] = value
             if self.teacher:
                 batch[f"{column}_{distillation.TEACHER_EMBEDDING}"] = self._look_up(rows, names)
-        if any(SOFT_LABELS in row for row in rows) and len(columns) > 1:
+        if any(SCORES in row for row in rows) and len(columns) > 1:
             labels = np.full((len(rows), len(columns) - 1), np.nan, np.float32)
             for place, row in enumerate(rows):
-                scores = row.get(SOFT_LABELS, [])
+                scores = row.get(SCORES, [])
                 labels[place, : len(scores)] = scores
             batch[f"{columns[0]}_{distillation.SOFT_LABELS}"] = torch.from_numpy(labels)
         groups = torch.tensor([self.groups[task] for task in tasks])

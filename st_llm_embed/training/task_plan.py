@@ -18,7 +18,7 @@ from torch import nn
 from st_llm_embed.data.columns import (
     DOCUMENTS,
     QUERIES,
-    SOFT_LABELS,
+    SCORES,
     check_classes,
     check_contrastive_columns,
     check_text,
@@ -118,7 +118,7 @@ class TaskPlan:
                 f"Data set {name!r} has single texts, of which only a teacher's vectors say what there is to learn. "
                 "Give the trainer a teacher, or pairs of 'anchor' and 'positive'."
             )
-        if others := sorted({"label", SOFT_LABELS} & set(rows.column_names)):
+        if others := sorted({"label", SCORES} & set(rows.column_names)):
             raise ValueError(f"Data set {name!r} has single texts, and {others} beside them, which nothing reads.")
         check_text(rows, name, columns)
         self.columns[name] = list(dict.fromkeys([*self.columns.get(name, []), *columns]))

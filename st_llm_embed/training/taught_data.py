@@ -29,7 +29,7 @@ from st_llm_embed.tasks import Task, encoding_prompts, takes_instructions
 from st_llm_embed.teaching import Teacher, TeacherEmbeddings
 from st_llm_embed.teaching.alignment import ProjectionFit, of_modules, with_projection, without_length
 from st_llm_embed.teaching.embeddings import brings_embeddings
-from st_llm_embed.teaching.teacher import Taught, embeddings_of, text_hashes
+from st_llm_embed.teaching.teacher import Taught, embeddings_of, text_hashes, texts_of
 from st_llm_embed.training.configuration import Given
 from st_llm_embed.training.run_config import RunConfig, Teach
 from st_llm_embed.training.start import unprojected
@@ -311,7 +311,7 @@ class StageTeacher:
     def _fit(self, pooled: SentenceTransformer, taught: Taught, how: str) -> Dense:
         """A projection that is fitted to a sample of the data, under the training prompts."""
         names = [(name, column) for name, (rows, _) in self.data.items() for column in text_columns(rows.column_names)]
-        texts = np.concatenate([self._hashes(name, column) for name, column in names])
+        texts = np.concatenate([text_hashes(texts_of(self.data[name][0], column)) for name, column in names])
         different = np.unique(texts, return_index=True)[1]
         chosen = np.sort(np.random.default_rng(self.seed).permutation(different)[: self.teach.sample])
         starts = np.cumsum([0, *(len(self.data[name][0]) for name, _ in names)])
@@ -341,10 +341,6 @@ class StageTeacher:
             f"held out of {count}."
         )
         return projection
-
-    def _hashes(self, name: str, column: str) -> np.ndarray:
-        rows = self.data[name][0].with_format(None).select_columns([column])
-        return text_hashes(rows if column == "text" else rows.rename_column(column, "text"))
 
 
 def projection_of(model: SentenceTransformer) -> Dense | None:

@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from st_llm_embed.data.columns import SOFT_LABELS, check_classes, check_pretext_columns
+from st_llm_embed.data.columns import SCORES, check_classes, check_pretext_columns
 from st_llm_embed.data.columns import TEACHER_EMBEDDING as COLUMN
 from st_llm_embed.hub import publish
 from st_llm_embed.losses import DistillationLoss, InstructionContrastiveLoss, PretextLoss
@@ -215,14 +215,14 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             )
             dataset[name] = self._with_teacher(name, rows, plan, needs_teacher)
             weight = 0.0 if distillation is None else distillation.weights["soft_label_weight"]
-            if SOFT_LABELS in rows.column_names and not weight:
+            if SCORES in rows.column_names and not weight:
                 raise ValueError(
-                    f"Data set {name!r} has {SOFT_LABELS}, which nothing reads. Say soft_label_weight=1.0 in the "
+                    f"Data set {name!r} has {SCORES}, which nothing reads. Say soft_label_weight=1.0 in the "
                     "training arguments, or leave the column out."
                 )
-            if training and weight and not any(SOFT_LABELS in other.column_names for other in dataset.values()):
+            if training and weight and not any(SCORES in other.column_names for other in dataset.values()):
                 raise ValueError(
-                    f"soft_label_weight={weight} and no data set has a column {SOFT_LABELS!r}, a list of numbers for "
+                    f"soft_label_weight={weight} and no data set has a column {SCORES!r}, a list of numbers for "
                     "the documents of each row."
                 )
         self.data_collator = self.get_data_collator(self.model, self.args)
