@@ -17,6 +17,7 @@ import yaml
 from conftest import save_llm
 from hub_server import hub_server, online
 
+from examples.study.curve import read_points, table
 from examples.study.report import summarize
 from st_llm_embed.cli import COMMANDS, main, parser
 from st_llm_embed.recipes import RECIPES
@@ -180,8 +181,11 @@ def test_the_tree_names_every_file():
 def test_the_tables_of_results_are_those_of_the_result_files():
     """Of the study's README and reports in full; of the README to the digit."""
     guide = (ROOT / "examples" / "study" / "README.md").read_text()
-    for size in ("cpu", "taught", "cpu-long"):
-        folder = ROOT / "examples" / "study" / "results" / size
+    results = ROOT / "examples" / "study" / "results"
+    taught = ["taught", "taught-hour", "taught-long", "taught-longest"]
+    assert f"<!-- table: curve -->\n{table(read_points([results / size for size in taught]))}<!-- end -->" in guide
+    for size in ("cpu", "taught", "taught-hour", "taught-long", "cpu-long"):
+        folder = results / size
         summary, every = summarize(folder)
         assert f"<!-- table: {size} -->\n{summary}<!-- end -->" in guide
         assert (folder / "report.md").read_text() == f"# The study\n\n{summary}\n## Every test set\n\n{every}"

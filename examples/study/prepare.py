@@ -36,7 +36,7 @@ SEED = 0
 Rows = list[dict[str, Any]]
 
 
-def sample(rows: Rows, count: int) -> Rows:
+def sample(rows: list[Any], count: int) -> list[Any]:
     return random.Random(SEED).sample(rows, count) if len(rows) > count else rows
 
 
@@ -114,7 +114,7 @@ def single_texts(root: Path, train: dict[str, list[str]], count: int) -> Rows:
     paragraphs = [" ".join([row["title"], row["text"]]) for row in read(root / TEXT, "train")]
     parts = [sentence for row in read(root / TEXT, "train") for sentence in sentences(row["text"])]
     shares = [(found, count // 2), (paragraphs, count // 6), (parts, count - count // 2 - count // 6)]
-    chosen = [text for texts, share in shares for text in random.Random(SEED).sample(sorted(set(texts)), share)]
+    chosen = [text for texts, share in shares for text in sample(sorted(set(texts)), share)]
     return [{"text": text} for text in dict.fromkeys(chosen) if text.strip()]
 
 

@@ -41,6 +41,7 @@ from st_llm_embed.weights.averaging import average_checkpoints
 
 NOT_MODEL = {"stages", "negatives", "classes", "against", "after", "size", "prompts", "aligned"}
 CLOZE = f"{TEXT}_cloze"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AUTOREGRESSIVE = "autoregressive"  # a stage that st-llm-embed train does not know
 
 
@@ -97,7 +98,8 @@ def configuration(row: dict[str, Any], size: dict[str, Any], folders: tuple[Path
     for name in of["stages"]:
         stage = STUDY["stages"][name]
         pretext = stage["data"] == "pretext"
-        steps = round(size["pretext_steps" if pretext else "steps"] * stage.get("steps", 1))
+        usual = round(size["pretext_steps" if pretext else "steps"] * stage.get("steps", 1))
+        steps = size.get("steps_of", {}).get(name, usual)
         arguments = {**stage.get("arguments", {}), "max_steps": steps}
         teach = {"teacher": str(TEACHER), "refit": True, "sample": size.get("sample", 20_000)}
         taught = {"teach": teach} if stage.get("teach") else {}
@@ -127,8 +129,8 @@ def configuration(row: dict[str, Any], size: dict[str, Any], folders: tuple[Path
             "weight_decay": 0.03,
             "sampling_temperature": 2.0,
             "bf16": True,
-            "use_cpu": not torch.cuda.is_available(),
-            "dataloader_pin_memory": torch.cuda.is_available(),
+            "use_cpu": DEVICE == "cpu",
+            "dataloader_pin_memory": DEVICE == "cuda",
             "save_steps": 200,
             "save_total_limit": 1,
             "logging_steps": 10,
@@ -221,7 +223,7 @@ def asked_of_teacher(folder: Path, longest: int | None, tests: list[Path], outpu
     settings = {"max_seq_length": longest, "dtype": "float32", "attn_implementation": "sdpa"}
     encoder = PromptedEncoder(both, folder.name, "on-the-teachers-index", settings)
     tasks = [local_task(test) for test in tests if (test / "qrels").is_dir()]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         found = evaluate_encoder(encoder, folder.name, tasks, output, 64).results
     return {result.task_name: round(result.get_score(), 5) for result in found}
 
@@ -257,7 +259,7 @@ def run_row(name: str, seed: int, arguments: argparse.Namespace) -> None:
         # magnifies what is rounded off.
         dtype = "float32" if "texts" in size else "bfloat16"
         how = {"batch_size": 64, "dtype": dtype, "max_seq_length": longest}
-        with torch.autocast("cpu", torch.bfloat16, enabled="texts" in size):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled="texts" in size):
             found = evaluate(folder, tests, arguments.output / "results", **how).results
     figures = {result.task_name: round(result.get_score(), 5) for result in found}
     taught = {"processor_seconds": round(trained)}
