@@ -1,11 +1,11 @@
-# Sourced by examples/quickstart.sh and tests/run.sh: a virtual environment with this package and an extra of it.
+# Sourced by examples/quickstart.sh and tests/run.sh: a virtual environment with this package and extras of it.
 #
 #   HOSTS=locked                 the versions of examples/locked.txt, which the tests and figures of a commit mean;
 #                                lowest: those of examples/lowest.txt; newest: whatever the package index has today
 #   PYTHON=python3.12            which Python makes the environment
 #   TORCH=torch==2.13.0          what to install where there is no torch; TORCH=torch for the newest, with CUDA
 #   VENV=.venv                   where (.venv-lowest and .venv-newest for those)
-install() { # install EXTRA
+install() { # install EXTRA,...
     local hosts=${HOSTS:-locked}
     case $hosts in
         locked) venv=${VENV:-.venv} ;;

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def check_room(folder: Path, needed: int) -> None:
     tenth more."""
     if (free := shutil.disk_usage(_existing(folder)).free) < 1.1 * needed:
         raise OSError(
-            f"{folder} has {free / 1e6:,.0f} MB free, and the model needs {1.1 * needed / 1e6:,.0f} MB. Make room, or "
+            f"{folder} has {free / 1e6:,.0f} MB free, and {1.1 * needed / 1e6:,.0f} MB are needed. Make room, or "
             "choose another folder."
         )
 
@@ -175,6 +176,14 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file} is nested too deeply to be read.") from error
     except ValueError as error:  # of its JSON, its encoding, a number of thousands of digits
         raise ValueError(f"{file} is not JSON: {error}.") from error
+
+
+def write_array(file: Path, array: np.ndarray) -> None:
+    """Write a ``.npy`` file. ``np.save`` says nothing where the disk is full."""
+    array = np.ascontiguousarray(array)
+    with file.open("wb") as content:
+        np.lib.format.write_array_header_1_0(content, np.lib.format.header_data_from_array_1_0(array))
+        content.write(array.reshape(-1).view(np.uint8).data)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -16,8 +16,8 @@ from torch import nn
 
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
+from st_llm_embed.encoding.shards import column_hashes
 from st_llm_embed.teaching import RidgeRegression, align
-from st_llm_embed.teaching.teacher import text_hashes
 
 WORDS = " ".join(CORPUS).split()
 
@@ -91,7 +91,7 @@ def test_both_sides_are_encoded_under_their_own_prompts(llm, teacher, tmp_path):
     pooled = SentenceTransformer(modules=list(student)[:-1], prompts=student.prompts)
     x = np.concatenate([pooled.encode_query(queries), pooled.encode_document(documents)])
     y = np.concatenate([teacher.encode_query(queries), teacher.encode_document(documents)])
-    number = np.unique(text_hashes(Dataset.from_dict({"text": queries + documents})), return_inverse=True)[1]
+    number = np.unique(column_hashes(Dataset.from_dict({"text": queries + documents})), return_inverse=True)[1]
     kept = np.flatnonzero(np.isin(number, np.random.default_rng(0).permutation(number.max() + 1)[:15]))
     fitted = np.setdiff1d(np.arange(150), kept)
     regression = RidgeRegression(32, 12)
@@ -106,7 +106,7 @@ def test_both_sides_are_encoded_under_their_own_prompts(llm, teacher, tmp_path):
     )
     # The teacher's vectors are kept, and the student is as it was.
     teacher[0].forward = None
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2 and len(student) == 3
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 2 and len(student) == 3
 
 
 def test_student_queries_search_the_teachers_index(llm, teacher, tmp_path, capsys):

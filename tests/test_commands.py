@@ -49,7 +49,7 @@ def test_from_a_csv_file_to_a_searched_model(here, capsys):
     model = SentenceTransformer("sealed")
     assert model.prompts["query"].startswith("Instruct: Find the answer")
 
-    command = ["encode", "sealed", "faq.csv", "--column", "question", "--prompt-name", "query", "--output"]
+    command = ["encode", "sealed", "faq.csv", "--columns", "text=question", "--side", "query", "--output"]
     assert main([*command, "vectors.npy"]) == 0
     np.testing.assert_allclose(np.load("vectors.npy"), model.encode_query(QUESTIONS), atol=1e-6)
     assert main([*command, "vectors.txt"]) == 2 and "is no .npy file" in capsys.readouterr().err

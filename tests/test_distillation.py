@@ -263,7 +263,7 @@ def test_vectors_are_computed_once_and_may_come_in_columns_and_files(model, teac
     rows = {"find": data()["find"]}
     tutor = Teacher(teacher, tmp_path / "vectors")
     encoded = tutor.encode(rows["find"], FIND)
-    monkeypatch.setattr("st_llm_embed.mining.embedding_cache._write", None)  # nothing is written again
+    monkeypatch.setattr("st_llm_embed.encoding.cache.write_shard", None)  # nothing is written again
     of_teacher = LLMEmbedTrainer(model, arguments(tmp_path), rows, tasks=[FIND], teacher=tutor)
     for column, vectors in encoded.items():
         np.save(tmp_path / f"{column}.npy", vectors.take(np.arange(12)))
@@ -378,6 +378,6 @@ def test_looking_up_reads_what_is_asked(teacher, tmp_path):
     rows = Dataset.from_dict({"text": [*texts(20), *texts(20)][::-1]})
     (vectors,) = Teacher(teacher, tmp_path, shard_size=7).encode(rows, READ).values()
     assert isinstance(vectors, TeacherEmbeddings) and (vectors.rows, vectors.dim) == (40, 32)
-    assert sum(len(np.load(file)) for file in tmp_path.glob("*.npy")) == 20
+    assert sum(len(np.load(file)) for file in tmp_path.rglob("*.npy")) == 20
     places = np.array([39, 0, 17, 17, 5])
     np.testing.assert_allclose(vectors.take(places), teacher.encode_document(rows[places]["text"]), atol=1e-6)

@@ -250,7 +250,10 @@ def test_what_a_trainer_leaves_beside_a_model_is_no_reason_to_refuse_it(llm, tmp
     for folder in ("model", "model/checkpoint-1"):
         for name in left:
             (tmp_path / folder / name).write_bytes(b"no pickle: reading it would fail")
-    np.testing.assert_array_equal(load_trusted(tmp_path / "model").encode(list(TEXTS)), model.encode(list(TEXTS)))
+    # Sealed it is stock, which does not run a batch in groups.
+    np.testing.assert_allclose(
+        load_trusted(tmp_path / "model").encode(list(TEXTS)), model.encode(list(TEXTS)), atol=1e-6
+    )
     assert check(tmp_path / "model").difference <= 1e-5
 
 

@@ -17,6 +17,7 @@ REPOSITORY = ROOT.parent
 LAYERS = [
     {"version", "files", "modules", "tasks", "data"},
     {"trust", "recipes"},
+    {"encoding"},
     {"losses", "weights", "mining", "teaching"},
     {"hub", "model"},
     {"training", "convert", "evaluation"},

@@ -39,7 +39,12 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
 from st_llm_embed.data import check_contrastive_columns, from_beir
+from st_llm_embed.encoding.cache import EmbeddingCache
+from st_llm_embed.encoding.shards import EmbeddingShards
+from st_llm_embed.mining import approximate, grid
+from st_llm_embed.mining.grid import SharedSearch
 from st_llm_embed.mining.negatives import MiningReport, mine_negatives
+from st_llm_embed.mining.search import exact_search, find_nearest, shards_of
 from st_llm_embed.modules.reference import TEXTS
 
 WORDS = [f"word{i}" for i in range(60)]
@@ -52,11 +57,38 @@ from st_llm_embed.mining.negatives import mine_negatives
 folder = sys.argv[1]
 class Killed(SentenceTransformer):
     def encode(self, inputs, **kwargs):
-        if inputs[0] == sys.argv[2]:
+        if sys.argv[2] in inputs:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(inputs, **kwargs)
 rows, corpus = load_from_disk(folder + "/rows"), load_from_disk(folder + "/corpus")
 mine_negatives(rows, Killed(folder + "/teacher"), corpus, shard_size=40, cache_folder=folder + "/cache")
+"""
+WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from datasets import load_from_disk
+from sentence_transformers import SentenceTransformer
+from st_llm_embed.mining import approximate, grid, mine_negatives
+folder, name, use_faiss, lives = Path(sys.argv[1]), sys.argv[2], sys.argv[3] or None, int(sys.argv[4])
+grid.QUERIES, grid.DOCUMENTS = 12, 80
+def counted(work, what):
+    def working(*args):
+        with (folder / "log").open("a") as log:
+            log.write(f"{name} {what}\\n")
+        if (folder / "log").read_text().count(name) > lives:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(2 if what == "index" else 0.05)  # so long that others meet it unfinished
+        return work(*args)
+    return working
+grid.find_nearest = counted(grid.find_nearest, "search")
+approximate.build_index = counted(approximate.build_index, "index")
+rows, corpus = load_from_disk(folder / "rows"), load_from_disk(folder / "corpus")
+teacher = SentenceTransformer(str(folder / "teacher"))
+(folder / f"ready-{name}").touch()
+while len(list(folder.glob("ready-*"))) < int(sys.argv[5]):
+    time.sleep(0.05)
+mined = mine_negatives(rows, teacher, corpus, shard_size=40, cache_folder=folder / "cache", use_faiss=use_faiss)
+(folder / name).write_text(json.dumps([mined.rows.to_dict(), mined.report.recall]))
 """
 
 
@@ -64,7 +96,7 @@ class Counted(SentenceTransformer):
     """Knows how many texts each call of ``encode`` got; those that tell models apart do not count."""
 
     def encode(self, inputs, **kwargs):
-        if inputs != list(TEXTS):
+        if not set(inputs) <= set(TEXTS):
             self.calls.append(len(inputs))
         return super().encode(inputs, **kwargs)
 
@@ -240,7 +272,7 @@ def progress(output: str) -> dict[str, str]:
 
 def test_progress_counts_texts_and_shards_also_those_in_the_cache(data, tmp_path, capsys):
     (rows, corpus), teacher = data, make_teacher()
-    settings = {"num_negatives": 2, "shard_size": 150, "batch_size": 7, "cache_folder": tmp_path}
+    settings = {"num_negatives": 2, "shard_size": 150, "tokens_per_batch": 7, "cache_folder": tmp_path}
     logger, documents = logging.getLogger("sentence_transformers"), len({*corpus, *rows["positive"]})
     shards = -(-documents // 150)
     shown = {"Encoding queries": "60/60", "Encoding documents": f"{documents}/{documents}"}
@@ -342,16 +374,227 @@ def test_shards_and_faiss_change_nothing(data, monkeypatch):
     assert again.to_dict() == mined.to_dict()
     assert its_report.dropped == report.dropped and its_report.histograms == report.histograms
     pytest.importorskip("faiss", reason="FAISS is not here (pip install faiss-cpu)")
-    again, its_report, _ = mine_negatives(rows, make_teacher(), corpus, range_min=1, shard_size=13, use_faiss=True)
+    again, its_report, _ = mine_negatives(rows, make_teacher(), corpus, range_min=1, shard_size=13, use_faiss="exact")
     assert again.to_dict() == mined.to_dict() and its_report.dropped == report.dropped
+
+
+def embedded(data, folder: Path) -> tuple[EmbeddingShards, EmbeddingShards, tuple[np.ndarray, np.ndarray]]:
+    """60 queries, 300 documents in shards of 13, and pairs to leave out: of the last query, all documents but five."""
+    queries, documents = (
+        list(dict.fromkeys(data[0]["anchor"])),
+        [f"{WORDS[i % 60]} {text}" for i, text in enumerate(data[1])],
+    )
+    cache = EmbeddingCache(make_teacher(), folder, None, 13, False)
+    draw = np.random.default_rng(0)
+    pairs = [*np.unique(draw.integers((59, 300), size=(400, 2)), axis=0).tolist(), *([59, i] for i in range(5, 300))]
+    return (
+        cache.queries(Dataset.from_dict({"text": queries}), np.arange(60), None),
+        cache.documents(Dataset.from_dict({"text": documents}), np.arange(300), None),
+        tuple(np.array(pairs).T),
+    )
+
+
+def cosines(queries: EmbeddingShards, documents: EmbeddingShards, excluded) -> np.ndarray:
+    table = queries.take(np.arange(len(queries))) @ documents.take(np.arange(len(documents))).T
+    table[excluded] = -np.inf
+    return table
+
+
+@pytest.fixture
+def small_grid(monkeypatch) -> list[tuple[int, int]]:
+    """Pieces of 14 queries in 26 documents; the list has the queries and the parts of each that is searched."""
+    monkeypatch.setattr("st_llm_embed.mining.search.BLOCK", 7)
+    monkeypatch.setattr(grid, "QUERIES", 14)
+    monkeypatch.setattr(grid, "DOCUMENTS", 30)
+    done = []
+
+    def counted(queries, parts, excluded, k):
+        parts = list(parts)
+        done.append((len(queries), len(parts)))
+        return find_nearest(queries, parts, excluded, k)
+
+    monkeypatch.setattr(grid, "find_nearest", counted)
+    return done
+
+
+@pytest.mark.parametrize("use_faiss", [None, "exact"])
+def test_pieces_find_what_one_search_does(data, tmp_path, small_grid, capsys, use_faiss):
+    if use_faiss:
+        pytest.importorskip("faiss", reason="FAISS is not here (pip install faiss-cpu)")
+    queries, documents, excluded = embedded(data, tmp_path)
+    search = SharedSearch(documents, torch.device("cpu"), tmp_path, True)
+    scores, rows = search.nearest(queries, excluded, 30, use_faiss)
+    shown = progress(capsys.readouterr().err)["Searching"]
+    assert shown == f"{5 * 24}/{5 * 24}"  # each shard, for each block
+    assert Counter(small_grid) == {(14, 2): 4 * 12, (4, 2): 12}
+    with grid.tqdm(disable=True) as bar:
+        parts = shards_of(documents, lambda shard: exact_search(shard, torch.device("cpu")), bar)
+        expected = find_nearest(queries.take(np.arange(60)), parts, excluded, 30)
+    if use_faiss is None:
+        assert scores.tobytes() == expected[0].tobytes()
+    assert rows.tobytes() == expected[1].tobytes()
+    table = cosines(queries, documents, excluded)
+    np.testing.assert_allclose(scores, -np.sort(-table, axis=1)[:, :30], atol=1e-6)
+    assert np.isfinite(scores).sum() == 59 * 30 + 5
+    # All of it is there for the next.
+    small_grid.clear()
+    again = search.nearest(queries, excluded, 30, use_faiss)
+    assert small_grid == [] and again[0].tobytes() == scores.tobytes() and again[1].tobytes() == rows.tobytes()
+    assert progress(capsys.readouterr().err)["Searching"] == shown
+
+
+def test_what_was_found_is_taken_for_nothing_else(data, tmp_path, small_grid):
+    queries, documents, excluded = embedded(data, tmp_path)
+
+    def searched(queries=queries, documents=documents, excluded=excluded, k=20, use_faiss=None) -> int:
+        small_grid.clear()
+        search = SharedSearch(documents, torch.device("cpu"), tmp_path, False)
+        scores, rows = search.nearest(queries, excluded, k, use_faiss)
+        table = cosines(queries, documents, excluded)
+        np.testing.assert_allclose(scores, -np.sort(-table, axis=1)[:, :k], atol=1e-6)
+        found = np.isfinite(scores)
+        np.testing.assert_allclose(np.take_along_axis(table, rows, 1)[found], scores[found], atol=1e-6)
+        return len(small_grid)
+
+    assert (searched(), searched()) == (60, 0)
+    assert searched(k=21) == 60
+    assert searched(documents=documents.select(slice(26, 300)), excluded=(excluded[0][:0],) * 2) == 55
+    assert searched(excluded=(excluded[0][1:], excluded[1][1:])) == 1
+    assert searched(queries=queries.select(np.r_[1, 0, 2:60]), excluded=(excluded[0][-295:], excluded[1][-295:])) > 12
+    cut = documents.select(slice(0, 290))  # of the last group, which is smaller
+    inside = excluded[1] < 290
+    assert searched(documents=cut, excluded=(excluded[0][inside], excluded[1][inside])) == 5
+    other = EmbeddingCache(make_teacher(seed=1), tmp_path, None, 13, False)
+    texts = Dataset.from_dict({"text": list(dict.fromkeys(data[0]["anchor"]))})
+    assert searched(queries=other.queries(texts, np.arange(60), None)) == 60
+    # One that was cut off, as a copy may be.
+    file = sorted((tmp_path / "search").iterdir())[0]
+    file.write_bytes(file.read_bytes()[:-9])
+    assert searched() + searched(k=21) <= 1 and not list(tmp_path.rglob(".*"))
+    pytest.importorskip("faiss", reason="FAISS is not here (pip install faiss-cpu)")
+    assert searched(use_faiss="exact") == 60
+
+
+def start_worker(folder: Path, name: str, use_faiss: str = "", lives: int = 10_000, workers: int = 1):
+    command = [sys.executable, "-c", WORKER, str(folder), name, use_faiss, str(lives), str(workers)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def worker_data(data, tmp_path) -> tuple[Dataset, list[str], int, int]:
+    """Rows, corpus, and the numbers of groups and of pieces of the workers' search."""
+    rows, corpus = data[0], list(dict.fromkeys(data[1]))
+    make_teacher().save_pretrained(str(tmp_path / "teacher"))
+    rows.save_to_disk(tmp_path / "rows")
+    Dataset.from_dict({"text": corpus}).save_to_disk(tmp_path / "corpus")
+    groups = -(-len({*corpus, *rows["positive"]}) // 80)
+    return rows, corpus, groups, 5 * groups
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_faiss", ["", "approximate"])
+def test_workers_share_the_search(worker_data, tmp_path, use_faiss):
+    rows, corpus, groups, pieces = worker_data
+    if use_faiss:
+        pytest.importorskip("faiss", reason="FAISS is not here (pip install faiss-cpu)")
+    workers = {name: start_worker(tmp_path, name, use_faiss, workers=2) for name in ("ann", "bob")}
+    for worker in workers.values():
+        assert worker.wait() == 0, worker.stderr.read()
+    log = Counter((tmp_path / "log").read_text().splitlines())
+    # Approximate candidates are compared with the exact ones of a sample, here of all anchors.
+    assert log["ann search"] + log["bob search"] == pieces * (2 if use_faiss else 1)
+    assert min(log["ann search"], log["bob search"]) > 2
+    assert log["ann index"] + log["bob index"] == (groups if use_faiss else 0)
+    found = [json.loads((tmp_path / name).read_text()) for name in workers]
+    assert found[0] == found[1]
+    if not use_faiss:
+        expected, report, _ = mine_negatives(rows, make_teacher(), corpus, shard_size=40)
+        assert found[0] == [expected.to_dict(), None] and report.recall is None
+
+
+@pytest.mark.slow
+def test_the_search_of_a_killed_worker_is_taken_over(worker_data, tmp_path, monkeypatch):
+    rows, corpus, _, pieces = worker_data
+    killed = start_worker(tmp_path, "ann", lives=3)
+    assert killed.wait() == -signal.SIGKILL, killed.stderr.read()
+    search = tmp_path / "cache" / "search"
+    (lease,) = search.glob(".*.lease")
+    assert len(list(search.glob("*.nearest"))) == 3 and not (search / lease.name[1 : -len(".lease")]).exists()
+    other = start_worker(tmp_path, "bob")
+    assert other.wait() == 0, other.stderr.read()
+    assert (tmp_path / "log").read_text().count("bob search") == pieces - 3
+    assert not list(search.glob(".*")) and len(list(search.glob("*.nearest"))) == pieces
+    expected, *_ = mine_negatives(rows, make_teacher(), corpus, shard_size=40)
+    assert json.loads((tmp_path / "bob").read_text())[0] == expected.to_dict()
+
+
+def recall_by_hand(table: np.ndarray, rows: np.ndarray, k: int) -> float:
+    """By sets: of each query's ``k`` best in the table, how many are among the rows."""
+    found, there = 0, 0
+    for scores, numbers in zip(table, rows, strict=True):
+        best = {int(i) for i in np.argsort(-scores)[:k] if np.isfinite(scores[i])}
+        found, there = found + len(best & {int(i) for i in numbers}), there + len(best)
+    return found / there
+
+
+def test_an_approximate_search_says_what_it_misses(data, tmp_path, small_grid, monkeypatch):
+    pytest.importorskip("faiss", reason="FAISS is not here (pip install faiss-cpu)")
+    monkeypatch.setattr(grid, "DOCUMENTS", 130)
+    monkeypatch.setattr(approximate, "SAMPLE", 10)
+    queries, documents, excluded = embedded(data, tmp_path)
+    table = cosines(queries, documents, excluded)
+    search = SharedSearch(documents, torch.device("cpu"), tmp_path, False)
+    for looked_at in (1, 3, 100):
+        monkeypatch.setattr(approximate, "LOOKED_AT", looked_at)
+        scores, rows = search.nearest(queries, excluded, 20, "approximate")
+        found = np.isfinite(scores)
+        np.testing.assert_allclose(scores[found], np.take_along_axis(table, rows, 1)[found], atol=1e-6)
+        assert len({*zip(*np.nonzero(found), strict=True)}) == found.sum() and not table[excluded].max() > -np.inf
+        expected = recall_by_hand(table, np.where(found, rows, -1), 20)
+        assert search.recall(queries, excluded, scores, rows) == pytest.approx(expected)
+        assert expected == 1 if looked_at == 100 else 0.1 < expected < 0.95
+        monkeypatch.setattr(grid, "ASKED", 10)
+        sample = np.sort(np.random.default_rng(0).choice(60, 10, replace=False))
+        expected = recall_by_hand(table[sample], np.where(found, rows, -1)[sample], 20)
+        assert search.recall(queries, excluded, scores, rows) == pytest.approx(expected)
+        monkeypatch.setattr(grid, "ASKED", 100)
+    exact = search.nearest(queries, excluded, 20, None)
+    np.testing.assert_allclose(scores, exact[0], atol=1e-6)  # all was looked at
+    assert (rows == exact[1])[np.isfinite(scores)].all()
+
+
+def test_the_recall_is_reported_and_a_low_one_warned_of(data, tmp_path, monkeypatch, caplog, capsys):
+    pytest.importorskip("faiss", reason="FAISS is not here (pip install faiss-cpu)")
+    rows, corpus = data
+    monkeypatch.setattr(approximate, "SAMPLE", 10)
+    expected = mine_negatives(rows, make_teacher(), corpus)
+    with caplog.at_level(logging.INFO, "st_llm_embed"):
+        mined = mine_negatives(rows, make_teacher(), corpus, use_faiss="approximate")
+        assert mined.report.recall == 1 and mined.rows.to_dict() == expected.rows.to_dict()
+        assert "found 100.0 % of the candidates" in caplog.text and "less than" not in caplog.text
+        monkeypatch.setattr(approximate, "LOOKED_AT", 2)
+        report = mine_negatives(rows, make_teacher(), corpus, use_faiss="approximate").report
+    assert 0.1 < report.recall < 0.9
+    assert f"found {100 * report.recall:.1f} % of the candidates of an exact one, less than 90 %" in caplog.text
+    rows.to_json(tmp_path / "rows.jsonl")
+    Dataset.from_dict({"text": corpus}).to_csv(tmp_path / "corpus.csv")
+    make_teacher().save_pretrained(str(tmp_path / "teacher"))
+    command = ["mine", tmp_path / "rows.jsonl", tmp_path / "teacher", "--corpus", tmp_path / "corpus.csv", "--output"]
+    command += [tmp_path / "out", "--use-faiss", "approximate"]
+    assert main([str(word) for word in command]) == 0
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["recall"] == report.recall and written["settings"]["use_faiss"] == "approximate"
+    assert f"found {report.recall:.1%} of the candidates of an exact one" in capsys.readouterr().out
 
 
 def test_faiss_that_is_not_there_is_said_at_once(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     teacher = make_teacher()
     with pytest.raises(ImportError, match="pip install faiss-cpu"):
-        mine_negatives(data[0], teacher, use_faiss=True)
+        mine_negatives(data[0], teacher, use_faiss="exact")
     assert teacher.calls == []
+    with pytest.raises(ValueError, match="use_faiss=True must be 'exact' or 'approximate', or be left out"):
+        mine_negatives(data[0], teacher, use_faiss=True)
 
 
 def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
@@ -364,11 +607,11 @@ def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
         [sys.executable, "-c", RESUMED, str(tmp_path), corpus[120]["text"]], capture_output=True, text=True
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    done = len(list((tmp_path / "cache").glob("*.npy")))
+    done = len(list((tmp_path / "cache").rglob("*.npy")))
     assert done == 2 + 3  # 60 anchors, and three shards of documents
     teacher = make_teacher()
     resumed, report, _ = mine_negatives(rows, teacher, corpus, shard_size=40, cache_folder=tmp_path / "cache")
-    assert sum(teacher.calls) == report.documents - 120 and max(teacher.calls) == 40
+    assert sum(teacher.calls) == report.documents - 120
     expected, its_report, _ = mine_negatives(rows, make_teacher(), corpus, shard_size=40)
     assert resumed.to_dict() == expected.to_dict() and report == its_report
 
@@ -384,12 +627,12 @@ def test_a_shard_that_was_cut_off_is_computed_again(data, tmp_path, caplog):
         return found.to_dict(), sum(teacher.calls)
 
     expected, _ = mined()
-    shards = sorted(tmp_path.glob("*.npy"))
+    shards = sorted(tmp_path.rglob("*.npy"))
     shards[0].write_bytes(shards[0].read_bytes()[:-7])
     shards[1].write_bytes(b"")
     found, encoded = mined()
     assert found == expected and 0 < encoded <= 100
-    assert caplog.text.count("is computed again, as it is damaged") == 2
+    assert caplog.text.count("was damaged, and is computed again") == encoded // 50 + (encoded % 50 > 0)
     assert mined() == (expected, 0)
 
 
@@ -409,9 +652,9 @@ def test_what_is_cached_is_taken_for_nothing_else(data, tmp_path):
     assert encoded(make_teacher(seed=1)) == 60 + documents
     assert encoded(teacher, query_prompt="word7 ") == 60
     assert encoded(teacher, corpus_prompt="word7 ") == documents
-    assert encoded(teacher, [*corpus[:-1], "word3 word4"]) <= 50 + len(rows)  # what comes before it stays
+    assert encoded(teacher, ["word3 word4", *corpus[::-1]]) == 1  # in whatever order the others come
     teacher.prompts["query"] = "word8 "
-    assert encoded(teacher) == 60 + documents
+    assert encoded(teacher) == 60
     with torch.no_grad():
         teacher[0].embedding.weight[40] += 1e-6  # one word, by next to nothing
     assert encoded(teacher) == 60 + documents
@@ -420,7 +663,7 @@ def test_what_is_cached_is_taken_for_nothing_else(data, tmp_path):
 def test_the_same_weights_in_another_mode_are_another_model(llm, data, tmp_path):
     rows = data[0].select(range(10))
     for seen, attention in enumerate(("causal", "bidirectional")):
-        assert len(list(tmp_path.glob("*.npy"))) == 2 * seen
+        assert len(list(tmp_path.rglob("*.npy"))) == 2 * seen
         mine_negatives(
             rows,
             build_model(llm, "mean", attention=attention),
@@ -429,7 +672,7 @@ def test_the_same_weights_in_another_mode_are_another_model(llm, data, tmp_path)
             cache_folder=tmp_path,
             relative_margin=None,
         )
-    assert len(list(tmp_path.glob("*.npy"))) == 4
+    assert len(list(tmp_path.rglob("*.npy"))) == 4
 
 
 def test_memory_is_that_of_a_shard_not_of_the_corpus(tmp_path):
@@ -447,7 +690,7 @@ def test_memory_is_that_of_a_shard_not_of_the_corpus(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     vectors = report.documents * 512 * 4
-    assert max(teacher.calls) == 250 and report.documents == 8000
+    assert max(teacher.calls) <= 250 and report.documents == 8000
     assert peak < vectors / 3, f"{peak / 1e6:.1f} MB of {vectors / 1e6:.1f} MB of vectors"
 
 
@@ -638,7 +881,7 @@ def with_many_positives(many: int, rows: int = 2000) -> Dataset:
     return Dataset.from_dict({"anchor": anchors, "positive": [f"{i} {draw.choice(WORDS)}" for i in range(rows)]})
 
 
-@pytest.mark.parametrize("use_faiss", [False, True])
+@pytest.mark.parametrize("use_faiss", [None, "exact"])
 def test_memory_is_what_each_anchor_needs(use_faiss):
     """One anchor with half of the positives costs the other anchors nothing."""
     if use_faiss:

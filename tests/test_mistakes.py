@@ -106,7 +106,7 @@ WHOLE: dict[str, Any] = {
                 "model_kwargs": {"dtype": "bfloat16"},
                 "truncate_dim": 8,
                 "instructions": False,
-                "batch_size": 4,
+                "tokens_per_batch": 4,
                 "projection": True,
                 "train_projection": True,
                 "sample": 10,
@@ -454,7 +454,8 @@ MISTAKES: list[tuple[Callable[[dict], object], str]] = [
     ),
     (at("data", "pairs", "mine", "teacher", value="beir"), "data.pairs: The teacher .*beir.* is no model"),
     (at("data", "pairs", "mine", "teacher", value="llm"), "data.pairs: The teacher is a causal LLM"),
-    (at("data", "pairs", "mine", "use_faiss", value=True), "data.pairs: mine has use_faiss: true, which needs FAISS"),
+    (at("data", "pairs", "mine", "use_faiss", value="exact"), "data.pairs: use_faiss='exact' needs FAISS"),
+    (at("data", "pairs", "mine", "use_faiss", value=True), "data.pairs.mine.use_faiss: "),
     (
         at("data", "pairs", "mine", "corpus_columns", value={"text": "x"}),
         "data.pairs: mine has corpus_columns, and no",

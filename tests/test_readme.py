@@ -93,7 +93,7 @@ def test_every_block_has_its_language_and_says_what_there_is(guide):
 def check_command(words: list[str]) -> None:
     if not words:
         return
-    if words[0] == "bash":
+    if words[0] in ("bash", "sbatch"):
         assert (ROOT / words[1]).is_file(), words
         subprocess.run(["bash", "-n", ROOT / words[1]], check=True)
     elif words[0] == "st-llm-embed":

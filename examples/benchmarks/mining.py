@@ -29,7 +29,8 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from st_llm_embed.mining.negatives import mine_negatives
 
-SETTINGS = {"num_negatives": 7, "relative_margin": 0.05, "range_max": 100, "batch_size": 256}
+SETTINGS = {"num_negatives": 7, "relative_margin": 0.05, "range_max": 100}
+AT_ONCE = {"stock": {"batch_size": 512}, "here": {"tokens_per_batch": 8192}}
 FORMS = ("stock", "here", "here, FAISS", "here, cached")
 
 
@@ -67,10 +68,13 @@ def run(form: str, folder: Path) -> None:
     before, started = peak_megabytes(), time.process_time()
     if form == "stock":
         texts = corpus["text"][:]
-        mined = mine_hard_negatives(rows, teacher, corpus=texts, output_format="n-tuple", verbose=False, **SETTINGS)
+        stock = {"output_format": "n-tuple", "verbose": False, **AT_ONCE["stock"]}
+        mined = mine_hard_negatives(rows, teacher, corpus=texts, **stock, **SETTINGS)
     else:
         cache = {"cache_folder": folder / "cache"} if form == "here, cached" else {}
-        mined = mine_negatives(rows, teacher, corpus, use_faiss=form == "here, FAISS", **cache, **SETTINGS).rows
+        use_faiss = "exact" if form == "here, FAISS" else None
+        settings = {**cache, **AT_ONCE["here"], **SETTINGS}
+        mined = mine_negatives(rows, teacher, corpus, use_faiss=use_faiss, **settings).rows
     seconds, megabytes = time.process_time() - started, peak_megabytes() - before
     print(json.dumps({"seconds": seconds, "megabytes": megabytes, "rows": mined.to_list()}))
 

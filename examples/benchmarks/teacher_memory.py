@@ -34,14 +34,19 @@ STEPS, DIM = 30, 384
 READ = Task("read", kind="documents")
 
 
-def prepare(folder: Path, count: int) -> None:
-    """The texts, the teacher and the student."""
-    torch.manual_seed(0)
+def save_texts(folder: Path, count: int) -> None:
+    """Short texts, each another, as a data set in ``folder/texts``."""
     rows = Dataset.from_generator(
         lambda: ({"text": f"text {i} of {i * 7919 % 104729} and {i * 31 % 997}"} for i in range(count)),
         cache_dir=str(folder / "cache"),
     )
     rows.save_to_disk(str(folder / "texts"))
+
+
+def prepare(folder: Path, count: int) -> None:
+    """The texts, the teacher and the student."""
+    torch.manual_seed(0)
+    save_texts(folder, count)
     tokenizer = build_model(bundled_llm(), "mean", num_layers=1).tokenizer
     bag = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=DIM), Normalize()])
     bag.save_pretrained(str(folder / "teacher"))
@@ -60,7 +65,7 @@ def prepare(folder: Path, count: int) -> None:
 def work(folder: Path, trains: bool) -> None:
     """Encode, or train on what is encoded and print the peak."""
     rows = Dataset.load_from_disk(str(folder / "texts"))
-    teacher = Teacher(SentenceTransformer(str(folder / "teacher")), folder / "vectors", batch_size=256)
+    teacher = Teacher(SentenceTransformer(str(folder / "teacher")), folder / "vectors", tokens_per_batch=8192)
     if not trains:
         teacher.encode(rows, READ)
         return
@@ -83,11 +88,11 @@ def measure(count: int) -> None:
         command = [sys.executable, "-m", "examples.benchmarks.teacher_memory", "--folder", scratch]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         shards = -(-count // 10_000)
-        while process.poll() is None and len(list((folder / "vectors").glob("*.npy"))) < max(1, shards // 2):
+        while process.poll() is None and len(list((folder / "vectors").rglob("*.npy"))) < max(1, shards // 2):
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        before = {file: file.stat().st_mtime_ns for file in (folder / "vectors").glob("*.npy")}
+        before = {file: file.stat().st_mtime_ns for file in (folder / "vectors").rglob("*.npy")}
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         kept = sum(file.stat().st_mtime_ns == written for file, written in before.items())
         print(f"{count:,} texts: killed after {len(before)} of {shards} shards, of which {kept} were kept")

@@ -13,9 +13,9 @@ from st_llm_embed.cli.shared import (
     MODEL,
     NEW_FOLDER,
     ROWS,
-    add_batch_size,
     add_card,
     add_columns,
+    add_tokens_per_batch,
     add_trust,
     shows_progress,
 )
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-folder", help="the folder that keeps the teacher's vectors: an interrupted run goes on"
     )
-    add_batch_size(parser)
+    add_tokens_per_batch(parser)
     add_card(parser)
     add_trust(parser)
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         load_trusted(arguments.student, arguments.trust_remote_code),
         load_teacher(arguments.teacher, arguments.trust_remote_code),
         **sides,
-        batch_size=arguments.batch_size,
+        tokens_per_batch=arguments.tokens_per_batch,
         cache_folder=arguments.cache_folder,
         show_progress_bar=shows_progress(),
     )

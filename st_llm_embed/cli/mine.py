@@ -9,7 +9,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from st_llm_embed.cli.shared import MODEL, NEW_FOLDER, ROWS, add_batch_size, add_columns, add_trust, shows_progress
+from st_llm_embed.cli.shared import (
+    MODEL,
+    NEW_FOLDER,
+    ROWS,
+    add_columns,
+    add_tokens_per_batch,
+    add_trust,
+    shows_progress,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--query-prompt", help="the prompt of the anchors (default: the teacher's own)")
     parser.add_argument("--corpus-prompt", help="the prompt of the documents (default: the teacher's own)")
-    add_batch_size(parser)
-    parser.add_argument("--use-faiss", action="store_true", help="search with FAISS, on the CPU")
+    add_tokens_per_batch(parser)
     parser.add_argument(
-        "--cache-folder", help="the folder that keeps the vectors: an interrupted run goes on, another starts ahead"
+        "--use-faiss",
+        choices=("exact", "approximate"),
+        help="search with FAISS, on the CPU; approximate is for corpora of more than a few million texts, and misses "
+        "some candidates: how many is reported (default: search with torch, exactly)",
+    )
+    parser.add_argument(
+        "--cache-folder",
+        help="the folder that keeps the vectors and what was found: an interrupted run goes on, another starts ahead, "
+        "and several at once share the work",
     )
     add_trust(parser)
 
@@ -84,6 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
     if report.rows_dropped:
         print(f"Dropped {report.rows_dropped} with too few negatives: {written.with_name('dropped.jsonl')} says why.")
     print(f"Of {report.candidates} candidates were dropped, by rule: {report.dropped}.")
+    if report.recall is not None:
+        print(f"The approximate search found {report.recall:.1%} of the candidates of an exact one, by a sample.")
 
 
 def _margin(text: str) -> float | None:

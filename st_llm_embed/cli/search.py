@@ -11,7 +11,7 @@ import tempfile
 from contextlib import nullcontext
 from functools import partial
 
-from st_llm_embed.cli.shared import MODEL, ROWS, add_batch_size, add_columns, add_trust, shows_progress
+from st_llm_embed.cli.shared import MODEL, ROWS, add_columns, add_tokens_per_batch, add_trust, shows_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=int, default=5, help="the number of documents for each question (default: %(default)s)"
     )
     add_columns(parser, "--corpus-columns", "the corpus, such as text=body title=headline")
-    add_batch_size(parser)
+    add_tokens_per_batch(parser)
     parser.add_argument("--cache-folder", help="the folder that keeps the vectors for the next search")
     add_trust(parser)
 
@@ -32,11 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import numpy as np
     from datasets import Dataset
+    from tqdm.auto import tqdm
 
     from st_llm_embed.data import load_corpus
     from st_llm_embed.data.corpus import read_corpus
-    from st_llm_embed.mining.embedding_cache import SHARD_SIZE, EmbeddingCache
-    from st_llm_embed.mining.search import exact_search, find_nearest
+    from st_llm_embed.encoding.cache import SHARD_SIZE, EmbeddingCache
+    from st_llm_embed.mining.search import exact_search, find_nearest, shards_of
     from st_llm_embed.trust import load_trusted
 
     if arguments.top_k < 1:
@@ -46,13 +47,15 @@ def run(arguments: argparse.Namespace) -> None:
     model = load_trusted(arguments.model, arguments.trust_remote_code)
     folder, progress = arguments.cache_folder, shows_progress()
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
-        cache = EmbeddingCache(model, place, arguments.batch_size, SHARD_SIZE, progress)
+        cache = EmbeddingCache(model, place, arguments.tokens_per_batch, SHARD_SIZE, progress)
         queries = cache.queries(questions, np.arange(len(questions)), None)
         documents = cache.documents(corpus, np.arange(len(corpus)), None)
         none = np.empty(0, np.int64)
         search = partial(exact_search, device=model.device)
-        k = min(arguments.top_k, len(corpus))
-        scores, rows = find_nearest(queries, documents, (none, none), k, search, progress)
+        shards, k = -(-len(documents) // SHARD_SIZE), min(arguments.top_k, len(corpus))
+        with tqdm(total=shards, desc="Searching", unit="shard", disable=not progress) as bar:
+            parts = shards_of(documents, search, bar)
+            scores, rows = find_nearest(queries.take(np.arange(len(queries))), parts, (none, none), k)
     for question, row_scores, row_numbers in zip(arguments.questions, scores, rows, strict=True):
         print(question)
         for score, text in zip(row_scores, corpus[row_numbers]["text"], strict=True):

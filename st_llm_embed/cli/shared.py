@@ -26,6 +26,15 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokens_per_batch(parser: argparse.ArgumentParser) -> None:
+    """The number of tokens encoded at once."""
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        help="the number of tokens encoded at once, padding included (default: 2,048 on a CPU, 32,768 elsewhere)",
+    )
+
+
 def add_card(parser: argparse.ArgumentParser) -> None:
     """What a model's card says."""
     parser.add_argument("--name", help="the name of the model, the title of its card")

@@ -7,7 +7,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import datasets
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import get_temporary_cache_files_directory
 
 from .columns import check_text
@@ -15,12 +15,15 @@ from .sources import joined, load_rows, text_or_empty
 from .text_files import plain_or_gz
 
 
-def load_corpus(source: str | Path, columns: Mapping[str, str] | None = None) -> Dataset:
+def load_corpus(
+    source: str | Path, columns: Mapping[str, str] | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
     """What ``load_rows`` reads; of a folder in BEIR's layout, the corpus alone.
 
     Args:
         source: the path, or the Hub id.
         columns: the columns to rename, by their new names, such as ``{"text": "body", "title": "headline"}``.
+        streaming: whether the rows are read as they are needed.
 
     Raises:
         FileNotFoundError: for a path that does not exist.
@@ -29,7 +32,7 @@ def load_corpus(source: str | Path, columns: Mapping[str, str] | None = None) ->
     path = Path(source).expanduser()
     if any(path.glob("corpus.jsonl*")):
         source = plain_or_gz(path / "corpus.jsonl")
-    return load_rows(source, columns=columns)
+    return load_rows(source, streaming, columns)
 
 
 def read_corpus(corpus: Dataset | Sequence[str]) -> Dataset:

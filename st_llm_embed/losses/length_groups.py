@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from st_llm_embed.modules import LLMBackbone
+from st_llm_embed.modules.row_groups import cut_to_length
 
 ON_CPU = 16  # texts of a group
 
@@ -35,7 +36,7 @@ def embed_by_length(model: nn.Module, columns: Iterable[dict[str, Any]]) -> list
     # By the number of texts alone, as all processes must go through the model equally often.
     small = -(-len(order) // ON_CPU) if order.device.type == "cpu" else 0
     chunks = order.chunk(max(len(columns), small))
-    groups = [model(_cut_to_length(merged, rows))["sentence_embedding"] for rows in chunks]
+    groups = [model(cut_to_length(merged, rows)[0])["sentence_embedding"] for rows in chunks]
     return list(torch.cat(groups)[order.argsort()].chunk(len(columns)))
 
 
@@ -60,15 +61,3 @@ def _with_instruction_masks(columns: list[dict[str, Any]]) -> list[dict[str, Any
         }
         for column in columns
     ]
-
-
-def _cut_to_length(features: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-    """Some rows of a batch, without the positions that are padding in all of them."""
-    mask = features["attention_mask"]
-    real = mask[rows].any(dim=0)
-    cut = {}
-    for key, value in features.items():
-        of_rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(mask)
-        chosen = value[rows] if of_rows else value
-        cut[key] = chosen[:, real] if of_rows and value.shape[1:2] == mask.shape[1:] else chosen
-    return cut

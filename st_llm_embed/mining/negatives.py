@@ -9,39 +9,38 @@ are missing. Spellings of one text (``normal_form``) are one, and so are a docum
 sentence-transformers' ``mine_hard_negatives``, whose rules and argument names these are, does not serve here. It holds
 all texts and vectors in memory; it writes its cache only when everything is encoded, and names it by the *base* model,
 which two fine-tunes share; an anchor's own text may become its negative; its report is printed. Here texts stay in
-Arrow files, and vectors in shards on disk. In memory at once are one shard, its scores for 1,024 anchors, the best
-``range_max`` scores of every anchor, and a few integers for every row and text.
+Arrow files, and vectors in shards on disk. In memory at once are one shard, the vectors of 10,240 anchors, the shard's
+scores for 1,024 of them, the best ``range_max`` scores of every anchor, and a few integers for every row and text; an
+approximate search also holds the vectors of a million documents while it builds their index.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Value, concatenate_datasets
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.model import BaseModel
-from transformers import CONFIG_MAPPING
 
 from st_llm_embed.data.columns import check_contrastive_columns
 from st_llm_embed.data.corpus import read_corpus, scratch_file
 from st_llm_embed.data.normal_form import normal_form
-from st_llm_embed.files import read_json
-from st_llm_embed.mining.embedding_cache import SHARD_SIZE, EmbeddingCache
+from st_llm_embed.encoding.cache import SHARD_SIZE, EmbeddingCache
+from st_llm_embed.mining.grid import SharedSearch
 from st_llm_embed.mining.reasons import most_frequent, reasons_of
-from st_llm_embed.mining.search import cosines_of, exact_search, faiss_search, find_nearest
-from st_llm_embed.trust import check_no_code, fetch, load_trusted
+from st_llm_embed.mining.search import UseFaiss, check_faiss, cosines_of
+from st_llm_embed.mining.teachers import check_teacher
 
+logger = logging.getLogger(__name__)
+GOOD_RECALL = 0.9
 BINS = np.linspace(-1, 1, 101)  # of the report's histograms
 
 
@@ -60,6 +59,8 @@ class MiningReport:
         scores: mean, minimum, quartiles and maximum of the cosines of the positives (``positive``, of all rows) and of
             the chosen negatives (``negative``, of the rows that are left).
         histograms: the counts of the same cosines in 100 bins of equal width from -1 to 1.
+        recall: the share of the exact search's candidates that an approximate one found, for 100 of the anchors; None
+            of an exact search.
     """
 
     rows: int
@@ -70,6 +71,7 @@ class MiningReport:
     dropped: dict[str, int]
     scores: dict[str, dict[str, float]]
     histograms: dict[str, list[int]]
+    recall: float | None
 
 
 class Mined(NamedTuple):
@@ -101,9 +103,9 @@ def mine_negatives(
     range_max: int = 100,
     query_prompt: str | None = None,
     corpus_prompt: str | None = None,
-    batch_size: int = 32,
+    tokens_per_batch: int | None = None,
     shard_size: int = SHARD_SIZE,
-    use_faiss: bool = False,
+    use_faiss: UseFaiss = None,
     cache_folder: str | Path | None = None,
     show_progress_bar: bool | None = None,
 ) -> Mined:
@@ -128,11 +130,14 @@ def mine_negatives(
         range_max: how many candidates of each anchor to look at.
         query_prompt: the prompt of the anchors. Default: the teacher's own, as in ``encode_query``.
         corpus_prompt: the prompt of the documents. Default: the teacher's own, as in ``encode_document``.
-        batch_size: the number of texts encoded at once.
+        tokens_per_batch: the number of tokens encoded at once, padding included. Default: 2,048 on a CPU, 32,768
+            elsewhere.
         shard_size: the number of vectors in a file, which an interruption loses at most.
-        use_faiss: whether to search with FAISS, on the CPU, instead of with torch on the teacher's device. Both are
-            exact.
-        cache_folder: the folder in which the vectors stay for later runs. Default: they are deleted.
+        use_faiss: ``exact``, to search with FAISS on the CPU, which finds what torch does on the teacher's device; or
+            ``approximate``, with an index that misses some candidates, for corpora of more than a few million texts.
+            The report has the share that it finds, and below 90 % a warning is logged.
+        cache_folder: the folder in which the vectors and what was found stay for later runs, and in which several runs
+            at once share the work. Default: they are deleted.
         show_progress_bar: whether to show how many texts have their vectors, and how many shards are searched.
             Default: as in ``encode``, if the level of sentence-transformers' logger is INFO or DEBUG.
 
@@ -140,13 +145,12 @@ def mine_negatives(
         The rows that are left, the report, and the rows that were dropped, each with the reason.
 
     Raises:
-        ValueError: for another kind of teacher, misnamed columns, empty texts, numbers out of range, vectors that are
-            not finite, and if no row is left.
+        ValueError: for another kind of teacher, misnamed columns, empty texts, numbers out of range, another
+            ``use_faiss``, vectors that are not finite, and if no row is left.
         ImportError: if FAISS is asked for and not installed.
     """
     check_numbers(num_negatives, relative_margin, absolute_margin, range_min, range_max, shard_size)
-    if use_faiss and importlib.util.find_spec("faiss") is None:
-        raise ImportError("use_faiss=True needs FAISS. Fix: pip install faiss-cpu.")
+    check_faiss(use_faiss)
     check_teacher(teacher)
     if show_progress_bar is None:
         level = logging.getLogger(SentenceTransformer.__module__).getEffectiveLevel()
@@ -161,12 +165,15 @@ def mine_negatives(
     query, positive = numbers.query, numbers.positive
 
     with nullcontext(cache_folder) if cache_folder else tempfile.TemporaryDirectory() as folder:
-        cache = EmbeddingCache(teacher, folder, batch_size, shard_size, show_progress_bar)
+        cache = EmbeddingCache(teacher, folder, tokens_per_batch, shard_size, show_progress_bar)
         queries = cache.queries(anchors, numbers.query_rows, query_prompt)
         documents = cache.documents(texts, numbers.document_rows, corpus_prompt)
-        search = faiss_search if use_faiss else partial(exact_search, device=teacher.device)
-        k = min(range_max, len(documents))
-        scores, nearest = find_nearest(queries, documents, numbers.excluded, k, search, show_progress_bar)
+        search = SharedSearch(documents, teacher.device, Path(folder), show_progress_bar)
+        scores, nearest = search.nearest(queries, numbers.excluded, min(range_max, len(documents)), use_faiss)
+        recall = None
+        if use_faiss == "approximate":
+            recall = search.recall(queries, numbers.excluded, scores, nearest)
+            _say_recall(recall)
         positive_scores = cosines_of(queries, documents, query, positive)
 
     candidate = np.isfinite(scores)  # (queries, k), best first
@@ -194,7 +201,7 @@ def mine_negatives(
         for i in range(num_negatives)
     ]
     cosines = {"positive": positive_scores, "negative": scores[chosen].reshape(-1, num_negatives)[place]}
-    report = _report(len(dataset), len(kept), len(documents), candidate, totals, cosines)
+    report = _report(len(dataset), len(kept), len(documents), candidate, totals, cosines, recall)
     if len(left_out):
         words = pa.array(reasons, pa.string()).take(pa.array(reason))
         without_enough = _taken(dataset, left_out).add_column("reason", words)
@@ -228,63 +235,6 @@ def check_numbers(
         raise ValueError(f"relative_margin={relative_margin} must be in [0, 1), such as 0.05, or None.")
     if absolute_margin is not None and not 0 <= absolute_margin <= 2:
         raise ValueError(f"absolute_margin={absolute_margin} must be in [0, 2], a difference of cosines, or None.")
-
-
-def load_teacher(
-    source: str, trust_remote_code: bool = False, revision: str | None = None, **kwargs: Any
-) -> SentenceTransformer:
-    """A model of the Hub or a folder.
-
-    Raises:
-        ValueError: if it runs code that is not known, or is another kind of model, which sentence-transformers would
-            give an untrained pooling.
-    """
-    return load_trusted(find_teacher(source, trust_remote_code, revision), trust_remote_code, **kwargs)
-
-
-def find_teacher(source: str, trust_remote_code: bool = False, revision: str | None = None) -> Path:
-    """The folder of a teacher, which is not loaded yet.
-
-    Raises:
-        ValueError: if it is no model, or another kind of one.
-        OSError: if it is neither here nor on the Hub.
-    """
-    root = fetch(source, revision)
-    if not any((root / name).is_file() for name in ("modules.json", "config.json")):
-        raise ValueError(f"The teacher {source!r} is no model: it has neither a modules.json nor a config.json.")
-    check_no_code(root, trust_remote_code)
-
-    def saved(name: str) -> dict:
-        return read_json(root / name) if (root / name).is_file() else {}
-
-    kind = saved("config_sentence_transformers.json").get("model_type", "SentenceTransformer")
-    heads = [] if saved("modules.json") else saved("config.json").get("architectures") or []
-    if any(str(head).endswith("ForSequenceClassification") for head in heads):
-        kind = "CrossEncoder"
-    known = saved("config.json").get("model_type") in CONFIG_MAPPING  # of another the loaders say what is amiss
-    if known and any(str(head).endswith("ForCausalLM") for head in heads):
-        kind = "causal LLM"
-    if kind != "SentenceTransformer":
-        raise _no_teacher(kind)
-    return root
-
-
-def check_teacher(teacher: SentenceTransformer) -> None:
-    """Check that a teacher gives each text one vector.
-
-    Raises:
-        ValueError: if it is another kind of model.
-    """
-    is_other_kind = isinstance(teacher, BaseModel) and not isinstance(teacher, SentenceTransformer)
-    if is_other_kind or not all(hasattr(teacher, method) for method in ("encode_query", "encode_document")):
-        raise _no_teacher(type(teacher).__name__)
-
-
-def _no_teacher(kind: str) -> ValueError:
-    return ValueError(
-        f"The teacher is a {kind}. A teacher is a SentenceTransformer (a bi-encoder): it gives each text one vector, "
-        "so that every anchor is compared with all documents. Fix: SentenceTransformer('org/model')."
-    )
 
 
 def _searched_texts(dataset: Dataset, corpus: Dataset | Sequence[str] | None) -> Dataset:
@@ -396,6 +346,17 @@ def _choose(
     return chosen & (chosen.sum(axis=1, keepdims=True) == num_negatives), dropped
 
 
+def _say_recall(recall: float) -> None:
+    logger.info("The approximate search found %.1f %% of the candidates of an exact one.", 100 * recall)
+    if recall < GOOD_RECALL:
+        logger.warning(
+            "The approximate search found %.1f %% of the candidates of an exact one, less than %.0f %%: some anchors' "
+            "hardest negatives are missed. To miss none, leave out use_faiss, or set it to 'exact'.",
+            100 * recall,
+            100 * GOOD_RECALL,
+        )
+
+
 def _report(
     rows: int,
     rows_left: int,
@@ -403,6 +364,7 @@ def _report(
     candidate: np.ndarray,
     dropped: dict[str, int],
     cosines: dict[str, np.ndarray],
+    recall: float | None,
 ) -> MiningReport:
     return MiningReport(
         rows=rows,
@@ -413,6 +375,7 @@ def _report(
         dropped=dropped,
         scores={name: _summary(values) for name, values in cosines.items()},
         histograms={name: np.histogram(values.clip(-1, 1), BINS)[0].tolist() for name, values in cosines.items()},
+        recall=recall,
     )
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 MLPS = ("geglu", "gelu", None)
-CHUNK = 1024  # tokens: what is alive at once without gradients, however many texts there are
+CHUNK = 512  # tokens: what is alive at once without gradients, however many texts there are
 
 
 class LatentAttentionPooling(Module):

@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.table import InMemoryTable
 
 from st_llm_embed.data.columns import TEACHER_EMBEDDING as COLUMN
-from st_llm_embed.mining.embedding_cache import EmbeddingShards
+from st_llm_embed.encoding.shards import EmbeddingShards
 
 AT_ONCE = 10_000  # rows looked through
 FLOATS = (np.dtype("float16"), np.dtype("float32"), np.dtype("float64"))

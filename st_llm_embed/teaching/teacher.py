@@ -11,20 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import pandas as pd
 from datasets import Dataset
-from filelock import FileLock
 from sentence_transformers import SentenceTransformer
 
 from st_llm_embed.data.columns import TEACHER_EMBEDDING as COLUMN
 from st_llm_embed.data.columns import text_columns
-from st_llm_embed.mining.embedding_cache import SHARD_SIZE, EmbeddingCache
-from st_llm_embed.mining.negatives import check_teacher, distinct
+from st_llm_embed.encoding.cache import SHARD_SIZE, EmbeddingCache
+from st_llm_embed.encoding.shards import column_hashes
+from st_llm_embed.mining.negatives import distinct
+from st_llm_embed.mining.teachers import check_teacher
 from st_llm_embed.tasks import Task, takes_instructions
 from st_llm_embed.teaching.embeddings import TeacherEmbeddings
-
-AT_ONCE = 50_000  # texts whose hashes are taken at once
 
 
 class Teaching(Protocol):
@@ -51,9 +48,10 @@ class Teacher:
     Args:
         model: the teacher, any model that gives each text one vector.
         cache_folder: the folder that keeps the vectors, for later runs and for mining too. Processes that come here at
-            once encode one after the other, so that nothing is computed twice.
+            once share the work.
         instructions: whether it gets the tasks' instructions. Default: if its prompt for queries has a place for one.
-        batch_size: the number of texts encoded at once.
+        tokens_per_batch: the number of tokens encoded at once, padding included. Default: 2,048 on a CPU, 32,768
+            elsewhere.
         shard_size: the number of vectors in a file, which an interruption loses at most.
         show_progress_bar: whether to show how many texts have their vectors.
 
@@ -67,7 +65,7 @@ class Teacher:
         cache_folder: str | Path,
         *,
         instructions: bool | None = None,
-        batch_size: int = 32,
+        tokens_per_batch: int | None = None,
         shard_size: int = SHARD_SIZE,
         show_progress_bar: bool = False,
     ) -> None:
@@ -80,7 +78,7 @@ class Teacher:
             )
         self.model = model
         self.instructions = has_place if instructions is None else instructions
-        self.cache = EmbeddingCache(model, cache_folder, batch_size, shard_size, show_progress_bar)
+        self.cache = EmbeddingCache(model, cache_folder, tokens_per_batch, shard_size, show_progress_bar)
 
     def encode(self, rows: Dataset, task: Task) -> dict[str, TeacherEmbeddings]:
         """The vectors of every column of texts of a task's data set, by its name.
@@ -95,15 +93,13 @@ class Teacher:
             prompts = theirs.column_prompts(columns, self.model.prompts, self.model.default_prompt_name)
         sides = task.column_sides(columns)
         encoded = {}
-        self.cache.folder.mkdir(parents=True, exist_ok=True)
         for column in columns:
             texts = texts_of(rows, column)
-            first, number = distinct(text_hashes(texts))
+            first, number = distinct(column_hashes(texts))
             encode = {"query": self.cache.queries, "document": self.cache.documents}.get(
                 sides.get(column, ""), self.cache.texts
             )
-            with FileLock(self.cache.folder / ".lock"):
-                shards = encode(texts, first, prompts.get(column))
+            shards = encode(texts, first, prompts.get(column))
             encoded[column] = TeacherEmbeddings.of_shards(shards, number)
         return encoded
 
@@ -145,12 +141,3 @@ def texts_of(rows: Dataset, column: str) -> Dataset:
     """One column of a data set, as ``text``."""
     texts = rows.with_format(None).select_columns([column])
     return texts if column == "text" else texts.rename_column(column, "text")
-
-
-def text_hashes(texts: Dataset) -> np.ndarray:
-    """``(rows,)``: 64 bits of a hash of each ``text``."""
-    parts = [
-        pd.util.hash_array(np.array(batch["text"].to_pylist(), dtype=object), categorize=False)
-        for batch in texts.with_format("arrow").iter(AT_ONCE)
-    ]
-    return np.concatenate(parts)

@@ -20,7 +20,9 @@ from filelock import FileLock
 from st_llm_embed.data import load_corpus, load_rows
 from st_llm_embed.files import read_json
 from st_llm_embed.mining import load_teacher, mine_negatives
-from st_llm_embed.mining.negatives import check_numbers, find_teacher
+from st_llm_embed.mining.negatives import check_numbers
+from st_llm_embed.mining.search import check_faiss
+from st_llm_embed.mining.teachers import find_teacher
 from st_llm_embed.tasks import Task, takes_instructions
 from st_llm_embed.training.run_config import MINE
 from st_llm_embed.training.schema import required
@@ -44,8 +46,7 @@ def check_mining(rows: Dataset, settings: Mapping[str, Any], stages: list[str]) 
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("mine draws a picture of the scores. Fix: pip install 'st-llm-embed[plots]'.")
-    if settings.get("use_faiss") and importlib.util.find_spec("faiss") is None:
-        raise ImportError("mine has use_faiss: true, which needs FAISS. Fix: pip install faiss-cpu, or leave it out.")
+    check_faiss(settings.get("use_faiss"))
     if "positive" not in rows.column_names:
         raise ValueError(f"mine finds negatives of pairs, and the rows have the columns {rows.column_names}.")
     if negatives := [name for name in rows.column_names if name.startswith("negative")]:

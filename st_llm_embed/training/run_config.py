@@ -35,7 +35,9 @@ LIMITS = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), FROM_1
     ),
-    **dict.fromkeys(("early_stopping_patience", "batch_size", "matryoshka_dims", "save_total_limit"), FROM_1),
+    **dict.fromkeys(
+        ("early_stopping_patience", "batch_size", "tokens_per_batch", "matryoshka_dims", "save_total_limit"), FROM_1
+    ),
     **dict.fromkeys(("max_characters", "num_negatives", "range_max", "shard_size", "truncate_dim"), FROM_1),
     "sample": {"ge": 10},
     **dict.fromkeys(("distill_weight", "score_weight", "soft_label_weight", "contrastive_weight"), {"ge": 0}),
@@ -63,7 +65,8 @@ class Teach:
         model_kwargs: arguments of its LLM's ``from_pretrained``, such as ``{dtype: bfloat16}``.
         truncate_dim: the number of first dimensions of its vectors to learn, of a Matryoshka teacher.
         instructions: whether it gets the tasks' instructions. Default: if its prompt for queries has a place for one.
-        batch_size: the number of texts that it encodes at once.
+        tokens_per_batch: the number of tokens that it encodes at once, padding included. Default: 2,048 on a CPU,
+            32,768 elsewhere.
         projection: whether the model gets a projection into the teacher's space, a ``Dense`` layer, before the first
             step. Default: unless an earlier stage has a teacher.
         train_projection: whether the steps change it too. By default the LLM learns and it stays, as steps on it soon
@@ -78,7 +81,7 @@ class Teach:
     model_kwargs: dict[str, Any] | None = None
     truncate_dim: int | None = None
     instructions: bool | None = None
-    batch_size: int = 32
+    tokens_per_batch: int | None = None
     projection: bool | None = None
     train_projection: bool = False
     refit: bool = False

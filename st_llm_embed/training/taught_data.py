@@ -20,16 +20,17 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
 from st_llm_embed.data.columns import TEACHER_EMBEDDING as COLUMN
 from st_llm_embed.data.columns import text_columns
+from st_llm_embed.encoding.shards import column_hashes
 from st_llm_embed.files import read_json, write_json
 from st_llm_embed.hub.teacher import FILE, TeacherName, name_teacher
 from st_llm_embed.mining import load_teacher
-from st_llm_embed.mining.negatives import find_teacher
+from st_llm_embed.mining.teachers import find_teacher
 from st_llm_embed.model import Outline
 from st_llm_embed.tasks import Task, encoding_prompts, takes_instructions
 from st_llm_embed.teaching import Teacher, TeacherEmbeddings
 from st_llm_embed.teaching.alignment import ProjectionFit, of_modules, with_projection, without_length
 from st_llm_embed.teaching.embeddings import brings_embeddings
-from st_llm_embed.teaching.teacher import Taught, embeddings_of, text_hashes, texts_of
+from st_llm_embed.teaching.teacher import Taught, embeddings_of, texts_of
 from st_llm_embed.training.configuration import Given
 from st_llm_embed.training.run_config import RunConfig, Teach
 from st_llm_embed.training.start import unprojected
@@ -132,7 +133,14 @@ def check_teach(teach: Teach, data: Data, trained: Any) -> int:
         if without:
             raise ValueError(f"has a teach without a teacher, and {without} bring no vectors of one. Name a teacher.")
         default = Teach()
-        for key in ("revision", "trust_remote_code", "model_kwargs", "truncate_dim", "instructions", "batch_size"):
+        for key in (
+            "revision",
+            "trust_remote_code",
+            "model_kwargs",
+            "truncate_dim",
+            "instructions",
+            "tokens_per_batch",
+        ):
             if getattr(teach, key) != getattr(default, key):
                 raise ValueError(f"has {key} in its teach, and no teacher that it could be of. Leave it out.")
         widths = brought
@@ -250,7 +258,7 @@ class StageTeacher:
                 _load(self.teach),
                 self.vectors,
                 instructions=self.teach.instructions,
-                batch_size=self.teach.batch_size,
+                tokens_per_batch=self.teach.tokens_per_batch,
                 show_progress_bar=logger.getEffectiveLevel() <= logging.INFO,
             )
         everything = {**self.data, **self.eval_data}.values()
@@ -311,7 +319,7 @@ class StageTeacher:
     def _fit(self, pooled: SentenceTransformer, taught: Taught, how: str) -> Dense:
         """A projection that is fitted to a sample of the data, under the training prompts."""
         names = [(name, column) for name, (rows, _) in self.data.items() for column in text_columns(rows.column_names)]
-        texts = np.concatenate([text_hashes(texts_of(self.data[name][0], column)) for name, column in names])
+        texts = np.concatenate([column_hashes(texts_of(self.data[name][0], column)) for name, column in names])
         different = np.unique(texts, return_index=True)[1]
         chosen = np.sort(np.random.default_rng(self.seed).permutation(different)[: self.teach.sample])
         starts = np.cumsum([0, *(len(self.data[name][0]) for name, _ in names)])

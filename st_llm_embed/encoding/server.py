@@ -1,0 +1,216 @@
+"""A model that a server has, such as vLLM or TEI: vectors by its OpenAI-compatible ``/embeddings``.
+
+Such a server puts no prompt before a text, and may refuse a long one, so both are done here: the prompt put before it,
+and the text cut to what the model takes. Before the first text of a corpus, the server is asked for the texts of the
+published model's ``reference.json``, and refused if it answers other vectors: a wrong pooling, mask or end token shows
+there, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from st_llm_embed.encoding.encoder import CHARACTERS, SIDES, Side
+from st_llm_embed.files import read_json
+from st_llm_embed.tasks import DOCUMENT, QUERY, TEXT, prompt_of
+from st_llm_embed.trust import fetch
+
+AT_ONCE = 32  # texts of a request: TEI refuses more
+REQUESTS = 8  # at once
+TIMEOUT = 600.0  # seconds
+BUSY = (429, 502, 503, 504)  # too many requests; a gateway whose server is full, or being started
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a busy server is asked again
+KEY = "OPENAI_API_KEY"  # as for OpenAI's own client, so that it stands in no command line
+LEAST_COSINE = 0.99  # with reference.json, as servers compute in half precision
+
+
+class ServerEncoder:
+    """The vectors that a server gives. Its key, if it wants one, is in the environment: ``OPENAI_API_KEY``.
+
+    Args:
+        url: the address that ``/embeddings`` follows, such as ``http://localhost:8000/v1``.
+        model: the folder or Hub id of the published model that it has; its weights are not read.
+        served_name: the name of the model on the server. Default: ``model``.
+        side: whether the texts are queries, documents, or of one sort, which says the prompt.
+        prompt_name: the name of another of the model's prompts.
+
+    Raises:
+        ValueError: for a model without ``reference.json``, an unknown prompt, and a server that answers other vectors.
+        OSError: for a server that does not answer.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        served_name: str | None = None,
+        side: Side = "document",
+        prompt_name: str | None = None,
+    ) -> None:
+        if side not in SIDES:
+            raise ValueError(f"side={side!r} is unknown. Valid values: {', '.join(SIDES)}.")
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url={url!r} must begin with http:// or https://, such as http://localhost:8000/v1.")
+        self.url = url.rstrip("/")
+        self.name = served_name or model
+        root = fetch(model)
+        if not (root / "reference.json").is_file():
+            raise ValueError(
+                f"{model} has no reference.json, by which a server's vectors are compared with its own. Publish it "
+                "with st-llm-embed seal, or encode without --url."
+            )
+        reference = read_json(root / "reference.json")
+        config = read_json(root / "config_sentence_transformers.json")
+        prompts = config.get("prompts", {})
+        if prompt_name is None:
+            names = {"query": QUERY, "document": DOCUMENT, "text": ()}[side]
+            self.prompt = prompt_of(names, prompts, config.get("default_prompt_name"))
+        elif prompt_name in prompts:
+            self.prompt = prompts[prompt_name]
+        else:
+            raise ValueError(f"prompt_name={prompt_name!r} is unknown. The model has: {', '.join(prompts)}.")
+        self.tokenizer = _tokenizer(root)
+        longest = getattr(self.tokenizer, "model_max_length", None)
+        self.longest = longest if longest and longest < 1 << 30 else None
+        self.description = {"model": model, "side": side, "prompt": self.prompt, "dtype": "of a server"}
+        hashed = f"{json.dumps(reference, sort_keys=True)} server {self.prompt!r}"
+        self.identity = hashlib.sha256(hashed.encode()).hexdigest()[:16]
+        self._check(reference)
+
+    def count_tokens(self, texts: Sequence[str]) -> np.ndarray:
+        if self.tokenizer is None:
+            return np.array([-(-len(text) // CHARACTERS) for text in texts], np.int64)
+        ids = self.tokenizer([self._prompted(text) for text in texts], truncation=False, verbose=False)["input_ids"]
+        return np.array([len(row) for row in ids], np.int64)
+
+    def encode(self, texts: Sequence[str], done: Callable[[int], None] = lambda count: None) -> np.ndarray:
+        prompted = [self._prompted(self._cut(text)) for text in texts]
+        parts = [prompted[start : start + AT_ONCE] for start in range(0, len(prompted), AT_ONCE)]
+        vectors = []
+        with ThreadPoolExecutor(REQUESTS) as requests:
+            for part in requests.map(self._ask, parts):
+                vectors.append(part)
+                done(len(part))
+        return np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32)
+
+    def _prompted(self, text: str) -> str:
+        return self.prompt.replace(TEXT, text) if TEXT in self.prompt else self.prompt + text
+
+    def _cut(self, text: str) -> str:
+        """What the model takes of a text under the prompt."""
+        tokenizer, before = self.tokenizer, self.prompt.partition(TEXT)[0]
+        if tokenizer is None or self.longest is None:
+            return text
+        # A token is a byte at least: what is short in bytes is not counted. 4: special tokens.
+        while len(self._prompted(text).encode()) + 4 > self.longest:
+            tokens = tokenizer(self._prompted(text), truncation=False, verbose=False, return_offsets_mapping=True)
+            excess = len(tokens["input_ids"]) - self.longest
+            inside = [
+                (max(start - len(before), 0), end - len(before))
+                for start, end in tokens["offset_mapping"]
+                if end > max(start, len(before)) and start < len(before) + len(text)
+            ]
+            if excess <= 0 or not inside:
+                break
+            # Once more, as what is left may be other tokens: of a word that was cut, a character that was several.
+            if tokenizer.truncation_side == "left":
+                text = text[inside[:excess][-1][1] :]
+            else:
+                text = text[: inside[-excess:][0][0]]
+        return text
+
+    def _ask(self, texts: list[str]) -> np.ndarray:
+        """``(texts, dim)``: the vectors of some texts, in one request."""
+        rows = self._request({"model": self.name, "input": texts, "encoding_format": "float"})
+        try:
+            rows = sorted(rows["data"], key=lambda row: row["index"])
+            numbers = [row["index"] for row in rows]
+            vectors = np.array([row["embedding"] for row in rows], np.float32)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.url} answered something else than embeddings: {error!r}.") from error
+        if numbers != list(range(len(texts))):
+            raise ValueError(
+                f"{self.url} answered {len(rows)} vectors for {len(texts)} texts, numbered {numbers[:40]}."
+            )
+        if vectors.ndim != 2:
+            raise ValueError(
+                f"{self.url} answered vectors of the shape {vectors.shape}, which is not (texts, numbers)."
+            )
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"{self.url} answered NaN, infinity or null for {texts[int(finite.argmin())][:80]!r}. Start the "
+                "server with another precision, such as float32 or bfloat16."
+            )
+        return vectors
+
+    def _request(self, body: dict[str, Any]) -> Any:
+        """What the server answers, as JSON; one that is busy is asked again."""
+        request = urllib.request.Request(
+            f"{self.url}/embeddings", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        if key := os.environ.get(KEY):
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        for wait in (*WAITS, None):
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                said = error.read(1_000).decode(errors="replace")
+                if error.code not in BUSY or wait is None:
+                    raise OSError(f"{self.url} answered {error.code}: {said}") from error
+                time.sleep(wait)
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", None) or repr(error)
+                raise OSError(
+                    f"{self.url} does not answer: {reason}. Is it the right address, and started?"
+                ) from error
+            except ValueError as error:
+                raise ValueError(f"{self.url} answered something else than JSON: {error}.") from error
+        raise AssertionError
+
+    def _check(self, reference: dict[str, Any]) -> None:
+        """The server's vectors are those of the published model."""
+        name = next((name for name, prompt in reference["prompts"].items() if prompt == self.prompt), None)
+        if name is None:
+            raise ValueError(
+                f"reference.json has no vectors under the prompt {self.prompt!r}, so that those of a server cannot be "
+                f"compared. It has them under: {', '.join(map(repr, reference['prompts'].values()))}."
+            )
+        expected = np.array(reference["embeddings"][name], np.float32)
+        found = self.encode(reference["texts"])
+        if found.shape != expected.shape:
+            raise ValueError(
+                f"{self.url} gives vectors of {found.shape[1]} numbers, and the published model has "
+                f"{expected.shape[1]}."
+            )
+        norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+        cosines = (found * expected).sum(axis=1) / norms.clip(min=np.finfo(np.float32).tiny)
+        worst = int(cosines.argmin())
+        if not cosines[worst] >= LEAST_COSINE:
+            raise ValueError(
+                f"{self.url} gives other vectors than the published model: for {reference['texts'][worst][:40]!r} "
+                f"under the prompt {name!r} the cosine is {cosines[worst]:.3f}. Its pooling, attention mask, end "
+                "token or longest text is another. Nothing was encoded."
+            )
+
+
+def _tokenizer(root: Path) -> PreTrainedTokenizerBase | None:
+    """The published model's, wherever in its folder it is."""
+    for file in sorted(root.rglob("tokenizer.json")):
+        return AutoTokenizer.from_pretrained(str(file.parent))
+    return None
