@@ -98,8 +98,7 @@ class EmbeddingCache:
             def write(file: Path, part: np.ndarray) -> None:
                 batch = list(texts[rows[part]]["text"])
                 vectors = check_finite(encoder.encode(batch, bar.update), batch)
-                characters = [len(text.strip()) for text in batch]
-                write_shard(file, vectors, rows[part], hashes[part], encoder.count_tokens(batch), characters)
+                write_shard(file, vectors, rows[part], hashes[part])
 
             pieces = []
             for start in range(0, len(missing), self.shard_size):

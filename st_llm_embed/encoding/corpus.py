@@ -305,8 +305,14 @@ class CorpusEncoding:
         vectors = self._kept(check_finite(self.encoder.encode(texts, progress.count), texts))
         place = {text: i for i, text in enumerate(texts)}
         of_row = np.array([place[text] for text in rows.texts])
-        characters = [len(text.strip()) for text in rows.texts]
-        write_shard(self._file(number), vectors[of_row], rows.ids, text_hashes(rows.texts), tokens[of_row], characters)
+        write_shard(
+            self._file(number),
+            vectors[of_row],
+            rows.ids,
+            text_hashes(rows.texts),
+            tokens=tokens[of_row],
+            characters=[len(text.strip()) for text in rows.texts],
+        )
         self._compared.add(number)
         progress.end()
 

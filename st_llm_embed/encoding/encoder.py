@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -81,8 +81,7 @@ class ModelEncoder:
             raise ValueError(f"tokens_per_batch={tokens_per_batch} must be at least 1.")
         self.model = model
         self.side = side
-        names = {"query": QUERY, "document": DOCUMENT, "text": ()}[side]
-        self.prompt = prompt_of(names, model.prompts, model.default_prompt_name) if prompt is None else prompt
+        self.prompt = side_prompt(side, model.prompts, model.default_prompt_name) if prompt is None else prompt
         self.tokens_per_batch = tokens_per_batch or tokens_for(model)
         self.longest = model.max_seq_length
         self.description = {"model": name, "side": side, "prompt": self.prompt, "dtype": str(model.dtype)[6:]}
@@ -137,7 +136,7 @@ def count_tokens(model: SentenceTransformer, texts: Sequence[str], prompt: str =
     transformers, a fourth of its characters."""
     tokenizer = model.tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        return np.array([-(-len(text) // CHARACTERS) for text in texts], np.int64)
+        return about_tokens(texts)
     prefix, template, suffix = prompt.partition(TEXT)
     apart = [suffix]
     if template and prefix and not prefix[-1].isspace():  # tokens of its own
@@ -145,6 +144,16 @@ def count_tokens(model: SentenceTransformer, texts: Sequence[str], prompt: str =
     around = sum(len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in apart if part)
     ids = tokenizer([prefix + text for text in texts], truncation=False, padding=False, verbose=False)["input_ids"]
     return np.array([around + len(row) for row in ids], np.int64)
+
+
+def about_tokens(texts: Sequence[str]) -> np.ndarray:
+    """``(texts,)``: how many tokens texts have where no tokenizer counts them, a fourth of their characters."""
+    return np.array([-(-len(text) // CHARACTERS) for text in texts], np.int64)
+
+
+def side_prompt(side: Side, prompts: Mapping[str, str], default_prompt_name: str | None) -> str:
+    """What a model puts before queries, documents, or texts of one sort; "" for nothing."""
+    return prompt_of({"query": QUERY, "document": DOCUMENT, "text": ()}[side], prompts, default_prompt_name)
 
 
 def batches(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from st_llm_embed.encoding.encoder import CHARACTERS, SIDES, Side
+from st_llm_embed.encoding.encoder import SIDES, Side, about_tokens, side_prompt
 from st_llm_embed.files import read_json
-from st_llm_embed.tasks import DOCUMENT, QUERY, TEXT, prompt_of
+from st_llm_embed.tasks import TEXT
 from st_llm_embed.trust import fetch
 
 AT_ONCE = 32  # texts of a request: TEI refuses more
@@ -77,8 +77,7 @@ class ServerEncoder:
         config = read_json(root / "config_sentence_transformers.json")
         prompts = config.get("prompts", {})
         if prompt_name is None:
-            names = {"query": QUERY, "document": DOCUMENT, "text": ()}[side]
-            self.prompt = prompt_of(names, prompts, config.get("default_prompt_name"))
+            self.prompt = side_prompt(side, prompts, config.get("default_prompt_name"))
         elif prompt_name in prompts:
             self.prompt = prompts[prompt_name]
         else:
@@ -93,7 +92,7 @@ class ServerEncoder:
 
     def count_tokens(self, texts: Sequence[str]) -> np.ndarray:
         if self.tokenizer is None:
-            return np.array([-(-len(text) // CHARACTERS) for text in texts], np.int64)
+            return about_tokens(texts)
         ids = self.tokenizer([self._prompted(text) for text in texts], truncation=False, verbose=False)["input_ids"]
         return np.array([len(row) for row in ids], np.int64)
 

@@ -1,9 +1,9 @@
 """Vectors on disk: a folder of one space, in shards, each written whole; looked up by text or read in order.
 
 A shard is two files. ``NAME.npy`` is its vectors ``(rows, dim)``, or ``NAME.parquet`` with them as the column
-``embedding``; ``NAME.rows.parquet`` says what each row is: ``id``, ``hash`` (of the text, 16 bytes), ``tokens``
-and ``characters``. The vectors come last, so that a shard whose vectors are there is whole. ``manifest.json`` says
-what space it is.
+``embedding``; ``NAME.rows.parquet`` says what each row is: ``id``, ``hash`` (of the text, 16 bytes), and of a whole
+corpus ``tokens`` and ``characters``. The vectors come last, so that a shard whose vectors are there is whole.
+``manifest.json`` says what space it is.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
+from numpy.typing import ArrayLike
 
 from st_llm_embed.files import read_json, write_array, written_beside
 
@@ -104,10 +105,9 @@ def write_shard(
     vectors: np.ndarray,
     ids: Sequence[Any],
     hashes: np.ndarray,
-    tokens: np.ndarray,
-    characters: Sequence[int],
+    **more: ArrayLike,
 ) -> None:
-    """Write a shard, its vectors last."""
+    """Write a shard, its vectors last. ``more``: whole numbers of each row, by their names."""
     if file.exists():
         logger.warning("%s was damaged, and is computed again.", file)
     rows = pa.table(
@@ -116,8 +116,7 @@ def write_shard(
             "hash": pa.FixedSizeBinaryArray.from_buffers(
                 pa.binary(DIGEST), len(hashes), [None, pa.py_buffer(np.ascontiguousarray(hashes))]
             ),
-            "tokens": pa.array(tokens, pa.int32()),
-            "characters": pa.array(characters, pa.int32()),
+            **{name: pa.array(numbers, pa.int32()) for name, numbers in more.items()},
         }
     )
     with written_beside(rows_file(file)) as staged:
