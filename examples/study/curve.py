@@ -20,14 +20,16 @@ from examples.study.study import STUDY
 
 ROWS = {"mean, contrastive alone": "#999999", "mean, distilled": "#3b6fb6", "latent, distilled": "#c8642a"}
 PEERS = {"all-MiniLM-L6-v2, the teacher": 0.676, "BM25": 0.649}  # on the other sets: results/cpu-long
+ALL = "all"  # of "texts"
 COLUMNS = ("retrieval, test splits", "retrieval, other sets", "all", "its queries on the teacher's index, other sets")
 
 
 class Point(NamedTuple):
-    """A row at one budget."""
+    """A row at one budget, on so many texts."""
 
     row: str
     hours: float
+    texts: int | str
     figures: list[float | None]  # of COLUMNS, each the mean over the seeds
 
 
@@ -44,31 +46,40 @@ def read_points(folders: list[Path]) -> list[Point]:
         for row in set(ROWS) & set(runs):
             asked = (runs, splits), (runs, others), (runs, sets["test"]), (searches, others)
             figures = [[group_mean(seed, tests) for seed in of.get(row, {}).values()] for of, tests in asked]
-            found.append(Point(row, size["core_hours"], [mean(seeds) if seeds else None for seeds in figures]))
-    return sorted(found, key=lambda point: ([*ROWS].index(point.row), point.hours))
+            texts = size["texts"] if row in searches else ""
+            found.append(Point(row, size["core_hours"], texts, [mean(seeds) if seeds else None for seeds in figures]))
+    return sorted(found, key=lambda point: ([*ROWS].index(point.row), point.hours, point.texts == ALL))
 
 
 def table(points: list[Point]) -> str:
     """A line for each point."""
-    lines = [f"| | hours of a core | {' | '.join(COLUMNS)} |", f"| --- | --- |{' --- |' * len(COLUMNS)}"]
-    for row, hours, figures in points:
+    lines = [f"| | hours of a core | texts | {' | '.join(COLUMNS)} |", f"| --- | --- | --- |{' --- |' * len(COLUMNS)}"]
+    for row, hours, texts, figures in points:
         cells = ["" if figure is None else f"{figure:.3f}" for figure in figures]
-        lines.append(f"| {row} | {hours:g} | {' | '.join(cells)} |")
+        count = f"{texts:,}" if isinstance(texts, int) else texts
+        lines.append(f"| {row} | {hours:g} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(points: list[Point], file: Path) -> None:
-    """Retrieval on the other sets over the budget: on the student's own index, and dashed on the teacher's."""
+    """Retrieval on the other sets over the budget: on the student's own index, and dashed on the teacher's; squares
+    where all texts were taken, on a line that leaves the other at the budget before."""
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
     for row, color in ROWS.items():
-        of_row = [point for point in points if point.row == row]
-        axis.plot([p.hours for p in of_row], [p.figures[1] for p in of_row], "o-", color=color, label=row)
-        asked = [point for point in of_row if point.figures[3] is not None]
-        axis.plot([p.hours for p in asked], [p.figures[3] for p in asked], "o--", color=color, markerfacecolor="white")
+        some = [point for point in points if point.row == row and point.texts != ALL]
+        every = [point for point in points if point.row == row and point.texts == ALL]
+        left = [point for point in some if every and point.hours < every[0].hours][-1:]
+        axis.plot([], [], "-", color=color, label=row)
+        for column, line, face in ((1, "-", color), (3, "--", "white")):
+            for marker, marked, drawn in (("o", some, some), ("s", every, left + every)):
+                xs, ys = [p.hours for p in drawn], [p.figures[column] for p in drawn]
+                places = [place for place, point in enumerate(drawn) if point in marked]
+                axis.plot(xs, ys, f"{marker}{line}", color=color, markerfacecolor=face, markevery=places)
     for name, level in PEERS.items():
         axis.axhline(level, color="#999999", linewidth=1, linestyle=":")
         axis.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axis.plot([], [], "s-", color="black", label="on all texts")
     axis.plot([], [], "o--", color="black", markerfacecolor="white", label="queries on the teacher's index")
     axis.set_xscale("log")
     hours = sorted({point.hours for point in points})

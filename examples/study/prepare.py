@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ def prepare_training(root: Path, target: Path, train: dict[str, list[str]], size
         pairs = cloze_pairs if name == TEXT else retrieval_pairs
         write(file, pairs(root / name, size["pairs"]))
     if "texts" in size and not (target / f"{TEXTS}.jsonl.gz").is_file():
-        write(target / f"{TEXTS}.jsonl.gz", single_texts(root, train, size["texts"]))
+        count = sys.maxsize if size["texts"] == "all" else size["texts"]
+        write(target / f"{TEXTS}.jsonl.gz", single_texts(root, train, count))
     for name in train["classes"] if size["train_rows"] else []:
         if (target / f"{name}.jsonl.gz").is_file():
             continue

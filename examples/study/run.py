@@ -52,10 +52,10 @@ class AutoregressiveLoss(PretextLoss):
         return {"ar": super().forward(sentence_features, labels)["ar"]}
 
 
-def configuration(row: dict[str, Any], size: dict[str, Any], folders: tuple[Path, Path], seed: int) -> dict[str, Any]:
+def configuration(row: str, size: dict[str, Any], folders: tuple[Path, Path], seed: int) -> dict[str, Any]:
     """The settings of ``train_stages`` for one row, but for its output."""
     source, prepared = folders
-    of = {**STUDY["base"], **row}
+    of = {**STUDY["base"], **STUDY["rows"][row]}
     train = STUDY["sets"][size["sets"]]["train"]
 
     def rows_of(name: str) -> dict[str, Any]:
@@ -99,7 +99,8 @@ def configuration(row: dict[str, Any], size: dict[str, Any], folders: tuple[Path
         stage = STUDY["stages"][name]
         pretext = stage["data"] == "pretext"
         usual = round(size["pretext_steps" if pretext else "steps"] * stage.get("steps", 1))
-        steps = size.get("steps_of", {}).get(name, usual)
+        steps_of = {name: usual, **size.get("steps_of", {})}
+        steps = steps_of.get(row, steps_of[name])
         arguments = {**stage.get("arguments", {}), "max_steps": steps}
         teach = {"teacher": str(TEACHER), "refit": True, "sample": size.get("sample", 20_000)}
         taught = {"teach": teach} if stage.get("teach") else {}
@@ -205,7 +206,7 @@ def model_folder(name: str, seed: int, arguments: argparse.Namespace) -> Path:
     row, size = STUDY["rows"][name], STUDY["sizes"][arguments.size]
     if "average" not in row:
         folders = arguments.data, arguments.output / "data" / "train"
-        config = configuration(row, size, folders, seed)
+        config = configuration(name, size, folders, seed)
         if "after" in row:
             config["model"] = {"load": str(model_folder(row["after"], seed, arguments))}
         return train(config, arguments.output, row.get("aligned", False))
