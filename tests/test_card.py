@@ -12,6 +12,7 @@ from sentence_transformers.base.model_card import generate_model_card
 from tokenizers.processors import TemplateProcessing
 
 from st_llm_embed import build_model
+from st_llm_embed.hub import seal
 from st_llm_embed.hub.card import describe, finish_card, inherit_license
 
 WORDS = {
@@ -24,12 +25,17 @@ WORDS = {
 
 
 @pytest.mark.parametrize("recipe", WORDS)
-def test_the_card_says_what_the_model_is(llm, recipe):
+def test_the_card_says_what_the_model_is(llm, recipe, tmp_path):
     has_code = recipe not in ("mean", "last-token")
-    text = describe(build_model(llm, recipe), has_code)
+    model = build_model(llm, recipe)
+    model.save_pretrained(str(tmp_path))
+    seal(tmp_path)
+    text = describe(model, has_code, tmp_path)
     assert all(words in text for words in WORDS[recipe]), text
     assert ("trust_remote_code=True" in text) == has_code and ("AutoModel" in text) != has_code
     assert "An LLM turned into a text-embedding model" in text and "32 dimensions, length 1" in text
+    assert ("pip install --no-deps st-llm-embed" in text) == has_code, "vLLM's plugin"
+    assert ("| TEI | refuses it |" in text) == has_code == ("| llama.cpp | refuses it |" in text)
 
 
 def test_the_licence_is_the_bases_unless_it_is_given(llm, tmp_path):
@@ -61,10 +67,11 @@ def test_a_card_that_cannot_be_read(llm, tmp_path, caplog, metadata):
     assert metadata_load(file)["pipeline_tag"] == "sentence-similarity" and "## What this is" in file.read_text()
 
 
-def test_prompts_of_any_characters_fit_into_the_cards_table(llm):
+def test_prompts_of_any_characters_fit_into_the_cards_table(llm, tmp_path):
     model = build_model(llm, "last-token")
     model.prompts = {"query": "a|b `c` ``d`` ", "q/é \n|": "{not} x {", "document": ""}
-    rows = [line for line in describe(model, False).splitlines() if "encode" in line and line.startswith("| `")]
+    lines = describe(model, False, tmp_path).splitlines()
+    rows = [line for line in lines if "encode" in line and line.startswith("| `")]
     assert rows == [
         "| `query` | ``` 'a\\|b `c` ``d`` ' ``` | `model.encode_query(texts)` |",
         "| `q/é \\n\\|` | `'{not} x {'` | `model.encode(texts, prompt_name=\"q/é \\n\\|\")` |",
@@ -75,7 +82,8 @@ def test_a_card_names_the_token_that_its_tokenizer_ends_texts_with(llm, tmp_path
     tokenizer = train_tokenizer()
     ends = TemplateProcessing(single="$A <unk>", special_tokens=[("<unk>", 0)])
     tokenizer.backend_tokenizer.post_processor = ends
-    assert "the token `<unk>`" in describe(build_model(save_llm(tmp_path, tokenizer=tokenizer), "mean"), False)
+    model = build_model(save_llm(tmp_path, tokenizer=tokenizer), "mean")
+    assert "the token `<unk>`" in describe(model, False, tmp_path)
 
 
 def test_a_card_is_finished_once_and_keeps_its_other_parts(llm, tmp_path):

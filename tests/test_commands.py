@@ -100,6 +100,7 @@ def test_the_guides_way_from_a_csv_file_to_a_searched_model(here, capsys):
     assert said.count("Queries' prompts: `Instruct: Find the answer\\nQuery: `.") == 2  # as fair as can be
     sealed = SentenceTransformer("faq-run/sealed")  # stock, its LoRA folded in
     assert sealed.prompts["query"] == "Instruct: Find the answer\nQuery: "
+    assert json.loads(Path("faq-run/sealed/config.json").read_text())["matryoshka_dimensions"] == [32, 16, 8]
     card = Path("faq-run/sealed/README.md").read_text()
     assert "# Answers to our customers" in card and "negatives mined: faq by teacher" in card
     assert "`lora={'r': 16, 'lora_alpha': 32}`" in card and "`matryoshka_dims=[32, 16, 8]`" in card
@@ -174,7 +175,8 @@ def test_a_dry_run_tells_what_it_would_do_and_writes_nothing(here, capsys):
 
 def test_values_of_the_command_line_take_the_place_of_the_files(here, capsys):
     assert main(["train", "run.yaml", "--set", "output=other", "model.num_layers=1", "stages.1.name=only"]) == 0
-    assert json.loads(Path("other/1-only/model/config.json").read_text())["num_hidden_layers"] == 1
+    config = json.loads(Path("other/1-only/model/config.json").read_text())
+    assert config["backbone_config"]["num_hidden_layers"] == 1
     for setting, message in (
         ("model.num_layerz=1", "Did you mean 'num_layers'?"),
         ("stages.blended.name=x", "there is no 'blended'. There are: retrieval."),

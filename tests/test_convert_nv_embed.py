@@ -160,7 +160,7 @@ def test_the_licence_and_the_settings_are_written_down(tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: cc-by-nc-4.0" in card and "base_model: nvidia/NV-Embed-v2" in card
     assert not (tmp_path / "out" / "modeling_nvembed.py").exists()
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["backbone_config"]
     assert config["model_type"] == "mistral" and config["is_causal"] is False and config["sliding_window"] is None
     model = SentenceTransformer(str(tmp_path / "out"), trust_remote_code=True)
     assert model[0].add_eos == model[0].instruction_mask == "nv-embed" and model.prompts["query"].startswith(
@@ -238,7 +238,9 @@ def test_the_precision_is_that_of_most_of_the_llm(tmp_path, most):
     half = {name: t.to(most) for name, t in weights.items() if name.startswith("embedding_model") and t.ndim > 1}
     save_file({**weights, **half}, source / "model.safetensors")
     folder = convert_nv_embed(source, tmp_path / "out")
-    assert json.loads((folder / "config.json").read_text())["dtype"] == str(most).removeprefix("torch.")
+    assert json.loads((folder / "config.json").read_text())["backbone_config"]["dtype"] == str(most).removeprefix(
+        "torch."
+    )
     assert SentenceTransformer(str(folder), trust_remote_code=True).transformers_model.dtype == most
 
 

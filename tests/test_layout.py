@@ -20,7 +20,7 @@ LAYERS = [
     {"encoding"},
     {"losses", "weights", "mining", "teaching"},
     {"hub", "model"},
-    {"training", "convert", "evaluation"},
+    {"training", "convert", "evaluation", "serving"},
     {"cli"},
     {"__main__", "__init__"},
 ]

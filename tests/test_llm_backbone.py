@@ -211,6 +211,10 @@ def test_an_empty_text_has_a_token_even_without_special_tokens(tmp_path):
     backbone = LLMBackbone(save_llm(tmp_path, tokenizer=train_tokenizer(bos=False)), add_eos=False)
     features = backbone.preprocess(["", "a cat", " "])
     assert (features["attention_mask"].sum(dim=1) >= 1).all()
+    for prompt in ("about: {text} in short", "{text} in short"):  # in a batch of its own too
+        alone, among = (backbone.preprocess(texts, prompt=prompt) for texts in ([""], ["", "a cat"]))
+        rows = [features["input_ids"][0][features["attention_mask"][0].bool()].tolist() for features in (alone, among)]
+        assert rows[0] == rows[1] != []
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):

@@ -115,7 +115,9 @@ def check_command(words: list[str]) -> None:
             asked = re.match(r"(?:\.|st-llm-embed)\[(.*)\]", word)
             assert asked is None or set(asked[1].split(",")) <= extras, word
     else:
-        assert words[0] in ("git", "pre-commit", "cd", ".venv/bin/python", "HOSTS=lowest", "HOSTS=newest"), words
+        assert words[0] in ("git", "pre-commit", "cd", "vllm", ".venv/bin/python", "HOSTS=lowest", "HOSTS=newest"), (
+            words
+        )
 
 
 def tomllib_extras() -> set[str]:
@@ -182,9 +184,9 @@ def test_the_tables_of_results_are_those_of_the_result_files():
     """Of the study's README and reports in full; of the README to the digit."""
     guide = (ROOT / "examples" / "study" / "README.md").read_text()
     results = ROOT / "examples" / "study" / "results"
-    taught = ["taught", "taught-hour", "taught-long", "taught-longest"]
+    taught = ["taught", "taught-hour", "taught-long", "taught-longest", "taught-all", "taught-double"]
     assert f"<!-- table: curve -->\n{table(read_points([results / size for size in taught]))}<!-- end -->" in guide
-    for size in ("cpu", "taught", "taught-hour", "taught-long", "cpu-long"):
+    for size in ("cpu", "taught", "taught-hour", "taught-long", "taught-all", "cpu-long"):
         folder = results / size
         summary, every = summarize(folder)
         assert f"<!-- table: {size} -->\n{summary}<!-- end -->" in guide
@@ -225,5 +227,5 @@ def wheel_info(names: set[str]) -> str:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit):
-        main([command.__name__.rpartition(".")[2], "--help"])
+        main([command.__name__.rpartition(".")[2].replace("_", "-"), "--help"])
     assert len(capsys.readouterr().out) > 200

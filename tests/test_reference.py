@@ -65,7 +65,9 @@ CHANGES = {
     ),
     "prompt: 'query' gives other tokens": edit("reference.json", lambda kept: kept["token_ids"]["query"].pop()),
     "mask: bidirectional then, causal now": causal,
-    "dtype: float32 then, bfloat16 now": edit("config.json", lambda config: config.update(dtype="bfloat16")),
+    "dtype: float32 then, bfloat16 now": edit(
+        "config.json", lambda config: config["backbone_config"].update(dtype="bfloat16")
+    ),
     "embedding: differs by": alter_weights,
 }
 

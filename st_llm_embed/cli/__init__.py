@@ -22,6 +22,7 @@ from st_llm_embed.cli import (
     encode,
     evaluate,
     export,
+    export_onnx,
     merge,
     mine,
     publish,
@@ -50,6 +51,7 @@ COMMANDS = (
     search,
     seal,
     check,
+    export_onnx,
     publish,
 )
 
@@ -100,7 +102,8 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(required=True, metavar="command")
     for command in COMMANDS:
         summary, _, description = (command.__doc__ or "").partition("\n\n")
-        own = commands.add_parser(command.__name__.rpartition(".")[2], help=summary, description=description)
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
+        own = commands.add_parser(name, help=summary, description=description)
         command.add_arguments(own)
         own.add_argument("--debug", action="store_true", help="show where in the code an error arose, too")
         own.set_defaults(run=command.run)

@@ -1,4 +1,4 @@
-"""A model that a server has, such as vLLM or TEI: vectors by its OpenAI-compatible ``/embeddings``.
+"""A model that a server has, such as vLLM or TEI: vectors by OpenAI's ``/embeddings`` or TEI's ``/embed``.
 
 Such a server puts no prompt before a text, and may refuse a long one, so both are done here: the prompt put before it,
 and the text cut to what the model takes. Before the first text of a corpus, the server is asked for the texts of the
@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ from st_llm_embed.files import read_json
 from st_llm_embed.tasks import TEXT
 from st_llm_embed.trust import fetch
 
+Route = Literal["/embeddings", "/embed"]
 AT_ONCE = 32  # texts of a request: TEI refuses more
 REQUESTS = 8  # at once
 TIMEOUT = 600.0  # seconds
@@ -35,6 +36,120 @@ BUSY = (429, 502, 503, 504)  # too many requests; a gateway whose server is full
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a busy server is asked again
 KEY = "OPENAI_API_KEY"  # as for OpenAI's own client, so that it stands in no command line
 LEAST_COSINE = 0.99  # with reference.json, as servers compute in half precision
+
+
+class AnsweredError(OSError):
+    """A server refused a request.
+
+    Args:
+        url: what was asked.
+        code: the status of its answer.
+        said: what it said.
+    """
+
+    def __init__(self, url: str, code: int, said: str) -> None:
+        super().__init__(f"{url} answered {code}: {said}")
+        self.code = code
+
+
+class EmbeddingServer:
+    """Vectors of texts as they are, by HTTP. Its key, if it wants one, is in the environment: ``OPENAI_API_KEY``.
+
+    Args:
+        url: the address that the route follows, such as ``http://localhost:8000/v1``.
+        name: the name of the model on the server.
+        route: ``/embeddings``, which is OpenAI's, or ``/embed``, which is TEI's and takes no name.
+
+    Raises:
+        ValueError: for an address of another kind.
+    """
+
+    def __init__(self, url: str, name: str, route: Route = "/embeddings") -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url={url!r} must begin with http:// or https://, such as http://localhost:8000/v1.")
+        self.url, self.name, self.route = url.rstrip("/"), name, route
+
+    def embed(self, texts: Sequence[str], done: Callable[[int], None] = lambda count: None) -> np.ndarray:
+        """``(texts, dim)`` in float32. ``done`` hears of every request how many texts it had.
+
+        Raises:
+            AnsweredError: if the server refuses.
+            OSError: if it does not answer.
+            ValueError: if it answers something else than a finite vector for each text, all of one width.
+        """
+        parts = [list(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE)]
+        vectors: list[np.ndarray] = []
+        with ThreadPoolExecutor(REQUESTS) as requests:
+            for part in requests.map(self._ask, parts):
+                vectors.append(part)
+                done(len(part))
+        if len(widths := {part.shape[1] for part in vectors}) > 1:
+            raise ValueError(f"{self.url} answered vectors of {' and of '.join(map(str, sorted(widths)))} numbers.")
+        return np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32)
+
+    def models(self) -> list[str]:
+        """The names of its models, by OpenAI's ``/models``; none where it does not tell.
+
+        Raises:
+            OSError: if it does not answer.
+        """
+        try:
+            return [entry["id"] for entry in self._request("/models")["data"]]
+        except (AnsweredError, ValueError, KeyError, TypeError):
+            return []
+
+    def _ask(self, texts: list[str]) -> np.ndarray:
+        """``(texts, dim)``: the vectors of some texts, in one request."""
+        openai = {"model": self.name, "input": texts, "encoding_format": "float"}
+        answer = self._request(self.route, {"inputs": texts} if self.route == "/embed" else openai)
+        try:
+            if self.route == "/embed":  # in the order of the texts
+                rows = [{"index": number, "embedding": vector} for number, vector in enumerate(answer)]
+            else:
+                rows = sorted(answer["data"], key=lambda row: row["index"])
+            numbers = [row["index"] for row in rows]
+            vectors = np.array([row["embedding"] for row in rows], np.float32)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.url} answered something else than embeddings: {error!r}.") from error
+        if numbers != list(range(len(texts))):
+            raise ValueError(
+                f"{self.url} answered {len(rows)} vectors for {len(texts)} texts, numbered {numbers[:40]}."
+            )
+        if vectors.ndim != 2 or not vectors.shape[1]:
+            raise ValueError(
+                f"{self.url} answered vectors of the shape {vectors.shape}, which is not (texts, numbers)."
+            )
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"{self.url} answered NaN, infinity or null for {texts[int(finite.argmin())][:80]!r}. Start the "
+                "server with another precision, such as float32 or bfloat16."
+            )
+        return vectors
+
+    def _request(self, route: str, body: dict[str, Any] | None = None) -> Any:
+        """What the server answers, as JSON; one that is busy is asked again."""
+        payload = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{route}", payload, {"Content-Type": "application/json"})
+        if key := os.environ.get(KEY):
+            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        for wait in (*WAITS, None):
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                said = error.read(1_000).decode(errors="replace")
+                if error.code not in BUSY or wait is None:
+                    raise AnsweredError(self.url, error.code, said) from error
+                time.sleep(wait)
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", None) or repr(error)
+                raise OSError(
+                    f"{self.url} does not answer: {reason}. Is it the right address, and started?"
+                ) from error
+            except ValueError as error:
+                raise ValueError(f"{self.url} answered something else than JSON: {error}.") from error
+        raise AssertionError
 
 
 class ServerEncoder:
@@ -63,10 +178,7 @@ class ServerEncoder:
     ) -> None:
         if side not in SIDES:
             raise ValueError(f"side={side!r} is unknown. Valid values: {', '.join(SIDES)}.")
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url={url!r} must begin with http:// or https://, such as http://localhost:8000/v1.")
-        self.url = url.rstrip("/")
-        self.name = served_name or model
+        self.server = EmbeddingServer(url, served_name or model)
         root = fetch(model)
         if not (root / "reference.json").is_file():
             raise ValueError(
@@ -82,9 +194,8 @@ class ServerEncoder:
             self.prompt = prompts[prompt_name]
         else:
             raise ValueError(f"prompt_name={prompt_name!r} is unknown. The model has: {', '.join(prompts)}.")
-        self.tokenizer = _tokenizer(root)
-        longest = getattr(self.tokenizer, "model_max_length", None)
-        self.longest = longest if longest and longest < 1 << 30 else None
+        self.tokenizer = published_tokenizer(root)
+        self.longest = longest_of(self.tokenizer)
         self.description = {"model": model, "side": side, "prompt": self.prompt, "dtype": "of a server"}
         hashed = f"{json.dumps(reference, sort_keys=True)} server {self.prompt!r}"
         self.identity = hashlib.sha256(hashed.encode()).hexdigest()[:16]
@@ -97,90 +208,13 @@ class ServerEncoder:
         return np.array([len(row) for row in ids], np.int64)
 
     def encode(self, texts: Sequence[str], done: Callable[[int], None] = lambda count: None) -> np.ndarray:
-        prompted = [self._prompted(self._cut(text)) for text in texts]
-        parts = [prompted[start : start + AT_ONCE] for start in range(0, len(prompted), AT_ONCE)]
-        vectors = []
-        with ThreadPoolExecutor(REQUESTS) as requests:
-            for part in requests.map(self._ask, parts):
-                vectors.append(part)
-                done(len(part))
-        return np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32)
+        return self.server.embed([self._prompted(self._cut(text)) for text in texts], done)
 
     def _prompted(self, text: str) -> str:
-        return self.prompt.replace(TEXT, text) if TEXT in self.prompt else self.prompt + text
+        return with_prompt(text, self.prompt)
 
     def _cut(self, text: str) -> str:
-        """What the model takes of a text under the prompt."""
-        tokenizer, before = self.tokenizer, self.prompt.partition(TEXT)[0]
-        if tokenizer is None or self.longest is None:
-            return text
-        # A token is a byte at least: what is short in bytes is not counted. 4: special tokens.
-        while len(self._prompted(text).encode()) + 4 > self.longest:
-            tokens = tokenizer(self._prompted(text), truncation=False, verbose=False, return_offsets_mapping=True)
-            excess = len(tokens["input_ids"]) - self.longest
-            inside = [
-                (max(start - len(before), 0), end - len(before))
-                for start, end in tokens["offset_mapping"]
-                if end > max(start, len(before)) and start < len(before) + len(text)
-            ]
-            if excess <= 0 or not inside:
-                break
-            # Once more, as what is left may be other tokens: of a word that was cut, a character that was several.
-            if tokenizer.truncation_side == "left":
-                text = text[inside[:excess][-1][1] :]
-            else:
-                text = text[: inside[-excess:][0][0]]
-        return text
-
-    def _ask(self, texts: list[str]) -> np.ndarray:
-        """``(texts, dim)``: the vectors of some texts, in one request."""
-        rows = self._request({"model": self.name, "input": texts, "encoding_format": "float"})
-        try:
-            rows = sorted(rows["data"], key=lambda row: row["index"])
-            numbers = [row["index"] for row in rows]
-            vectors = np.array([row["embedding"] for row in rows], np.float32)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.url} answered something else than embeddings: {error!r}.") from error
-        if numbers != list(range(len(texts))):
-            raise ValueError(
-                f"{self.url} answered {len(rows)} vectors for {len(texts)} texts, numbered {numbers[:40]}."
-            )
-        if vectors.ndim != 2:
-            raise ValueError(
-                f"{self.url} answered vectors of the shape {vectors.shape}, which is not (texts, numbers)."
-            )
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            raise ValueError(
-                f"{self.url} answered NaN, infinity or null for {texts[int(finite.argmin())][:80]!r}. Start the "
-                "server with another precision, such as float32 or bfloat16."
-            )
-        return vectors
-
-    def _request(self, body: dict[str, Any]) -> Any:
-        """What the server answers, as JSON; one that is busy is asked again."""
-        request = urllib.request.Request(
-            f"{self.url}/embeddings", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        if key := os.environ.get(KEY):
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        for wait in (*WAITS, None):
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                said = error.read(1_000).decode(errors="replace")
-                if error.code not in BUSY or wait is None:
-                    raise OSError(f"{self.url} answered {error.code}: {said}") from error
-                time.sleep(wait)
-            except (OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", None) or repr(error)
-                raise OSError(
-                    f"{self.url} does not answer: {reason}. Is it the right address, and started?"
-                ) from error
-            except ValueError as error:
-                raise ValueError(f"{self.url} answered something else than JSON: {error}.") from error
-        raise AssertionError
+        return cut_text(text, self.prompt, self.tokenizer)
 
     def _check(self, reference: dict[str, Any]) -> None:
         """The server's vectors are those of the published model."""
@@ -194,7 +228,7 @@ class ServerEncoder:
         found = self.encode(reference["texts"])
         if found.shape != expected.shape:
             raise ValueError(
-                f"{self.url} gives vectors of {found.shape[1]} numbers, and the published model has "
+                f"{self.server.url} gives vectors of {found.shape[1]} numbers, and the published model has "
                 f"{expected.shape[1]}."
             )
         norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
@@ -202,14 +236,50 @@ class ServerEncoder:
         worst = int(cosines.argmin())
         if not cosines[worst] >= LEAST_COSINE:
             raise ValueError(
-                f"{self.url} gives other vectors than the published model: for {reference['texts'][worst][:40]!r} "
-                f"under the prompt {name!r} the cosine is {cosines[worst]:.3f}. Its pooling, attention mask, end "
-                "token or longest text is another. Nothing was encoded."
+                f"{self.server.url} gives other vectors than the published model: for "
+                f"{reference['texts'][worst][:40]!r} under the prompt {name!r} the cosine is {cosines[worst]:.3f}. "
+                "Its pooling, attention mask, end token or longest text is another (st-llm-embed check --url names "
+                "it). Nothing was encoded."
             )
 
 
-def _tokenizer(root: Path) -> PreTrainedTokenizerBase | None:
+def published_tokenizer(root: Path) -> PreTrainedTokenizerBase | None:
     """The published model's, wherever in its folder it is."""
     for file in sorted(root.rglob("tokenizer.json")):
         return AutoTokenizer.from_pretrained(str(file.parent))
     return None
+
+
+def longest_of(tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """The number of tokens after which a text is cut, if it is."""
+    longest = getattr(tokenizer, "model_max_length", None)
+    return longest if longest and longest < 1 << 30 else None
+
+
+def with_prompt(text: str, prompt: str) -> str:
+    """A text as a client sends it: after the prompt, or where it has its place in it."""
+    return prompt.replace(TEXT, text) if TEXT in prompt else prompt + text
+
+
+def cut_text(text: str, prompt: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """What the model takes of a text under the prompt."""
+    before, longest = prompt.partition(TEXT)[0], longest_of(tokenizer)
+    if tokenizer is None or longest is None:
+        return text
+    # A token is a byte at least: what is short in bytes is not counted. 4: special tokens.
+    while len(with_prompt(text, prompt).encode()) + 4 > longest:
+        tokens = tokenizer(with_prompt(text, prompt), truncation=False, verbose=False, return_offsets_mapping=True)
+        excess = len(tokens["input_ids"]) - longest
+        inside = [
+            (max(start - len(before), 0), end - len(before))
+            for start, end in tokens["offset_mapping"]
+            if end > max(start, len(before)) and start < len(before) + len(text)
+        ]
+        if excess <= 0 or not inside:
+            break
+        # Once more, as what is left may be other tokens: of a word that was cut, a character that was several.
+        if tokenizer.truncation_side == "left":
+            text = text[inside[:excess][-1][1] :]
+        else:
+            text = text[: inside[-excess:][0][0]]
+    return text

@@ -29,6 +29,7 @@ from st_llm_embed.evaluation.evaluate import (
 from st_llm_embed.evaluation.model_names import model_names
 from st_llm_embed.evaluation.query_scores import QueryScores, kept_query_scores, mean_score, measure_of
 from st_llm_embed.files import check_writable, read_json, written_beside
+from st_llm_embed.modules.root_config import inner_config
 from st_llm_embed.trust import check_base, check_no_code, loading
 
 ROUNDED = 1e-5  # mteb's scores are
@@ -132,7 +133,7 @@ def compare(
 def _positions(root: Path) -> int | None:
     """The positions of a saved model's LLM; None if its configuration does not say."""
     for file in (root / "config.json", *sorted(root.glob("*/config.json"))):
-        config = read_json(file) if file.is_file() else {}
+        config = inner_config(read_json(file)) if file.is_file() else {}
         for part in (config, config.get("text_config") or {}):
             if "max_position_embeddings" in part:
                 return part["max_position_embeddings"]

@@ -19,6 +19,8 @@ from sentence_transformers.base.model_card import generate_model_card
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from yaml import YAMLError
 
+from st_llm_embed.hub.engine_keys import engines
+from st_llm_embed.modules.adapters import ADAPTER_CONFIG
 from st_llm_embed.weights.export import attention_of
 
 logger = logging.getLogger(__name__)
@@ -92,7 +94,7 @@ def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: 
     head, heading, details = file.read_text(encoding="utf-8").partition(DETAILS)
     if HEADING not in head:
         title, training, stages = head.partition(TRAINING)
-        head = f"{title}{describe(model, has_code)}\n\n{training}{stages}" + (
+        head = f"{title}{describe(model, has_code, file.parent)}\n\n{training}{stages}" + (
             f"{section.strip()}\n\n" if section else ""
         )
     if has_code:
@@ -143,12 +145,13 @@ def record_training(file: Path, stages: list[dict[str, str]], start: Path | None
     file.write_text(f"{head}{TRAINING}\n\n{rows}\n\n{heading}{details}", encoding="utf-8")
 
 
-def describe(model: SentenceTransformer, has_code: bool) -> str:
+def describe(model: SentenceTransformer, has_code: bool, folder: Path) -> str:
     """Markdown: what the model is made of, how to call it, under which prompts.
 
     Args:
         model: a model of backbone, pooling, and perhaps ``Normalize``.
         has_code: whether its repository holds code of its own.
+        folder: the sealed folder.
     """
     template = importlib.resources.files(__package__).joinpath("model_card_template.md").read_text(encoding="utf-8")
     card, config = model.model_card_data, model.transformers_model.config
@@ -176,8 +179,29 @@ def describe(model: SentenceTransformer, has_code: bool) -> str:
         name=name,
         trust=", trust_remote_code=True" if has_code else "",
         prompts=_prompts(model),
+        engines=_engines(folder, name),
         transformers=_plain_usage(model, name, has_code),
     ).strip()
+
+
+def _engines(folder: Path, name: str) -> str:
+    """The rows of a table: who gives the model's vectors, and by which line."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        merge = f"`st-llm-embed merge {name} FOLDER` first"
+        return f"| vLLM, TEI, ONNX, llama.cpp | no | {merge} |"
+    found = engines(folder)
+    vllm = f"`vllm serve {name} --runner pooling`"
+    rows = {
+        "vLLM": {"plugin": f"{vllm}, with `pip install --no-deps st-llm-embed` beside vLLM", "right": vllm},
+        "TEI": {"right": f"`text-embeddings-router --model-id {name}`, on a GPU"},
+        "llama.cpp": {"right": f"`llama_cpp.sh {name} FILE.gguf`, of st-llm-embed's `examples/serving`"},
+    }
+    lines = [
+        f"| {engine} | {'refuses it' if found[engine] == 'refused' else 'yes'} | {row.get(found[engine], '')} |"
+        for engine, row in rows.items()
+    ]
+    onnx = f"| ONNX Runtime, OpenVINO, TEI on a CPU | yes | `st-llm-embed export-onnx {name} FOLDER` |"
+    return "\n".join([*lines, onnx])
 
 
 def _public_name(name: str) -> str:

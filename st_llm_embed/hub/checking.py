@@ -167,7 +167,7 @@ def check(
             checked = (
                 compare(root, known, trust_remote_code=trust_remote_code, device=device, token=token)
                 if (root / REFERENCE).is_file()
-                else Checked(0.0, _files(root))
+                else Checked(0.0, files_of(root))
             )
             student, large = (load_trusted(one, trust_remote_code, device=device) for one in (root, fetch(against)))
             large.truncate_dim = teacher.dimensions or large.truncate_dim
@@ -228,7 +228,7 @@ def compare(
             f"{root} gives other vectors in a fresh process: they differ by {difference:.1e} under the prompt "
             f"{name!r}, and at most {tolerance:.0e} is rounding. Settings that differ: {listed or 'none'}."
         )
-    return Checked(difference, _files(root))
+    return Checked(difference, files_of(root))
 
 
 def read_reference(file: Path) -> dict[str, Any]:
@@ -306,5 +306,6 @@ def _differences(expected: dict[str, Any], actual: dict[str, Any]) -> list[tuple
     return differences
 
 
-def _files(root: Path) -> dict[str, int]:
+def files_of(root: Path) -> dict[str, int]:
+    """The size of each file in bytes, by its path in the folder."""
     return {str(file.relative_to(root)): file.stat().st_size for file in sorted(root.rglob("*")) if file.is_file()}

@@ -4,8 +4,8 @@ sentence-transformers saves a module of an installed package by its dotted name,
 installed. ``seal`` turns such references into files of the repository, or, where stock modules do the same, into stock
 modules, which need no ``trust_remote_code``.
 
-What it adds to a stock model (the requirements, the keys for vLLM) lasts until plain sentence-transformers saves that
-model again: only modules with code of their own can write it back.
+What it adds to a stock model (the requirements, the keys for other engines) lasts until plain sentence-transformers
+saves that model again: only modules with code of their own can write it back.
 
 It works on folders, and never on a trainer's ``checkpoint-*``: the trainer finds its best checkpoint by matching the
 dotted names with the live classes, and passes the last weights as the best where it cannot.
@@ -16,33 +16,23 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from st_llm_embed.files import read_json, write_json
+from st_llm_embed.hub.engine_keys import MODELS, write_engine_keys
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG
 from st_llm_embed.modules.llm_backbone import REQUIREMENTS
+from st_llm_embed.modules.root_config import inner_config, unwrap_config, wrap_config
+from st_llm_embed.modules.sliding_windows import WIDE, WINDOWS
 from st_llm_embed.trust import STOCK, check_model
 
 BACKBONE = "LLMBackbone"
-STOCK_BACKBONE = "sentence_transformers.base.modules.transformer.Transformer"
+STOCK_BACKBONE = f"{MODELS}.Transformer"
 # Their effect is in config.json and tokenizer.json, or there is none without the backbone's code.
 BACKBONE_KEYS = ("attention", "window", "add_eos", "instruction_mask", "probe", "num_layers")
-# vLLM before its pull request 54533 (issue 45995) looks for these two names, takes the first key whose value is true,
-# and else pools as its own model class does. sentence-transformers still knows the names, and drops the keys.
-LEGACY_NAMES = {
-    "Pooling": "sentence_transformers.models.Pooling",
-    "Normalize": "sentence_transformers.models.Normalize",
-}
-LEGACY_POOLING = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 
 
 def seal(folder: str | Path) -> None:
@@ -65,13 +55,15 @@ def seal(folder: str | Path) -> None:
         modules[0]["type"] = STOCK_BACKBONE
         settings = read_json(root / "sentence_bert_config.json")
         write_json(root / "sentence_bert_config.json", {k: v for k, v in settings.items() if k not in BACKBONE_KEYS})
+        unwrap_config(root)
+    elif modules[0]["type"].rpartition(".")[2] == BACKBONE:
+        wrap_config(root)  # what convert writes was not saved by an LLMBackbone
     for entry in modules:
         if not entry["type"].startswith(STOCK):
             entry["type"] = _ship_source(root, entry["type"])
-        elif name := LEGACY_NAMES.get(entry["type"].rpartition(".")[2]):
-            entry["type"] = name
-            if name.endswith("Pooling"):
-                _add_legacy_keys(root / entry["path"] / "config.json")
+    is_transformer = modules[0]["type"].startswith(STOCK) and modules[0]["type"].endswith(".Transformer")
+    if is_transformer and (root / "config.json").is_file():
+        write_engine_keys(root, modules)
     write_json(root / "modules.json", modules)
     config = read_json(root / "config_sentence_transformers.json")
     write_json(root / "config_sentence_transformers.json", {**config, "requirements": REQUIREMENTS})
@@ -82,17 +74,19 @@ def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
 
     The mode is in config.json and EOS in tokenizer.json. What stock lacks is the part of a prompt after the text, the
     exact instruction mask, which only a pooling that leaves the prompt out reads, a token for an empty text where the
-    tokenizer gives none, and truncation on the left that spares the prompt. An adapter alone is never stock: the
-    config.json of its base knows nothing of the mode or of a cut, and stock loads neither the revision it is asked for
-    nor all tensors nor added tokens.
+    tokenizer gives none, and truncation on the left that spares the prompt. Symmetric windows are kept from other
+    engines, which take them to be of another width. An adapter alone is never stock: the config.json of its base knows
+    nothing of the mode or of a cut, and stock loads neither the revision it is asked for nor all tensors nor added
+    tokens.
     """
     backbone, *others = modules
     if backbone["type"].rpartition(".")[2] != BACKBONE or (root / ADAPTER_CONFIG).is_file():
         return False
     prompts = read_json(root / "config_sentence_transformers.json")["prompts"]
     settings = read_json(root / "sentence_bert_config.json")
+    config = inner_config(read_json(root / "config.json"))
     return (
-        (settings["attention"] == "causal" or read_json(root / "config.json").get("is_causal") is False)
+        (settings["attention"] == "causal" or (config.get("is_causal") is False and not _keeps_windows(config)))
         and all(entry["type"].startswith(STOCK) for entry in others)
         and settings["add_eos"] != "nv-embed"
         and read_json(root / "tokenizer_config.json").get("truncation_side") != "left"
@@ -102,11 +96,8 @@ def _is_stock_in_effect(root: Path, modules: list[dict]) -> bool:
     )
 
 
-def _add_legacy_keys(file: Path) -> None:
-    config = read_json(file)
-    modes = config["pooling_mode"]
-    modes = [modes] if isinstance(modes, str) else modes
-    write_json(file, {**{key: mode in modes for key, mode in LEGACY_POOLING.items()}, **config})
+def _keeps_windows(config: dict[str, Any]) -> bool:
+    return any(config.get(name) not in (None, WIDE) for name in WINDOWS)
 
 
 def _ship_source(root: Path, reference: str) -> str:

@@ -23,6 +23,7 @@ from transformers.utils import cached_file, check_peft_version, is_peft_availabl
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .first_layers import keep_first_layers
+from .root_config import load_inner_config
 
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
@@ -180,14 +181,15 @@ class AdapterTransformer(Transformer):
         """The LLM's configuration; an adapter's is that of its base."""
         where, others = split_hub_arguments(config_kwargs)
         if backend != "torch" or find_adapter_config_file(model_name_or_path, **where) is None:
-            return super()._load_config(model_name_or_path, backend, config_kwargs)
+            config, is_adapter = super()._load_config(model_name_or_path, backend, config_kwargs)
+            return load_inner_config(config, **others), is_adapter
         check_peft()
         base, base_where = find_base(model_name_or_path, where)
         # Consent to an adapter's code is none to its base's, which was not run where transformers knows the type.
         base_config, _ = PretrainedConfig.get_config_dict(base, **base_where)
         if base_config.get("model_type") in CONFIG_MAPPING:
             others["trust_remote_code"] = False
-        return AutoConfig.from_pretrained(base, **others, **base_where), True
+        return load_inner_config(AutoConfig.from_pretrained(base, **others, **base_where), **others), True
 
     def _load_model(
         self,

@@ -37,6 +37,7 @@ from .attention_mask import attending
 from .attention_mode import set_attention_mode
 from .prompt_tokens import cut_texts, exact_instruction_mask, insert_prefix, insert_suffix, pad_to_width
 from .reference import warn_if_changed
+from .root_config import wrap_config
 from .row_groups import cut_to_length, rows_by_length
 from .special_tokens import set_special_tokens, special_ids
 from .text_pooling import pool_text
@@ -82,7 +83,8 @@ class LLMBackbone(AdapterTransformer):
 
     Raises:
         ValueError: for an unknown mode, a model that is not a decoder-only LLM or cannot take the mode, a tokenizer
-            without EOS or without character offsets, or ``num_layers`` outside 1..depth or not to be had of this LLM.
+            without EOS or without character offsets, ``num_layers`` outside 1..depth or not to be had of this LLM, or
+            a backend other than torch.
     """
 
     config_keys = [
@@ -116,6 +118,11 @@ class LLMBackbone(AdapterTransformer):
             )
         if add_eos not in (True, False, "nv-embed"):
             raise ValueError(f"add_eos={add_eos!r} is unknown. Valid values: True, False, 'nv-embed'.")
+        if (backend := kwargs.get("backend", "torch")) != "torch":
+            raise ValueError(
+                f"An LLMBackbone runs on backend='torch', not on {backend!r}. For ONNX Runtime and OpenVINO, export "
+                "the whole model as one ONNX graph (export_onnx, where the model was made) and run that."
+            )
         for loader in ("model_kwargs", "processor_kwargs", "config_kwargs"):
             # By default transformers asks on standard input.
             kwargs[loader] = {"trust_remote_code": False, **(kwargs.get(loader) or {})}
@@ -130,6 +137,7 @@ class LLMBackbone(AdapterTransformer):
         self._takes_position_ids = "position_ids" in inspect.signature(self.model.forward).parameters
         set_attention_mode(self.model, attention, self.window, probe)
         set_special_tokens(self.tokenizer, self.model.config.model_type, end=add_eos is True)
+        self.tokenizer.chat_template = None  # engines that find one put a prompt's text into a chat
         self._forget_unused_code()
         if (base := self.model.name_or_path) and Path(base).is_dir():
             self.model.name_or_path = str(Path(base).resolve())  # an adapter shall find it from anywhere
@@ -222,6 +230,9 @@ class LLMBackbone(AdapterTransformer):
                 columns = instruction_length if self.tokenizer.padding_side == "right" else 0
                 features["instruction_mask"] = features["attention_mask"].clone()
                 features["instruction_mask"][:, columns:] = 0
+        if inserted and not features["input_ids"].shape[1]:  # no text of the batch has a token
+            features.update({key: features[key].long() for key in ("input_ids", "attention_mask")})
+            pad_to_width(features, 1, self.tokenizer)
         if prefix_ids:
             insert_prefix(features, prefix_ids, len(before))
         if suffix_ids:
@@ -377,8 +388,15 @@ class LLMBackbone(AdapterTransformer):
                 setattr(part, name, exact.to(getattr(part, name).device))
         return self
 
+    def get_config_dict(self) -> dict[str, Any]:
+        config = super().get_config_dict()
+        if self.max_seq_length is not None and self.max_seq_length <= LARGE_INTEGER:
+            config["max_seq_length"] = self.max_seq_length  # engines look for it here
+        return config
+
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         super().save(output_path, *args, **kwargs)
+        wrap_config(Path(output_path))
         # NOTE: some tokenizer classes (GPTNeoXTokenizer, CodeLlamaTokenizer) build themselves anew where they are
         # loaded, and lose the EOS that is in tokenizer.json. The plain class reads all of it from there.
         file = Path(output_path) / "tokenizer_config.json"

@@ -209,6 +209,9 @@ def _sealed(run: Run, model: Path, trusts: bool) -> Path:
     if settings.get("merge") and has_adapter(trained):
         trained = merge_adapter(trained)
     state_card(trained, run.config.name, settings.get("license"))
+    if dims := [stage.loss["matryoshka_dims"] for stage in run.config.stages if "matryoshka_dims" in stage.loss][-1:]:
+        # vLLM takes a request for fewer dimensions only if it is for one of these.
+        trained.transformers_model.config.matryoshka_dimensions = sorted(*dims, reverse=True)
     write_json(mark, made_of)  # first: a sealed folder is whole or not there
     save_sealed(trained, sealed, samples=settings.get("samples", False), teacher=teacher_of(model))
     return sealed
