@@ -7,7 +7,7 @@ from st_llm_embed.version import __version__
 
 if TYPE_CHECKING:
     from st_llm_embed.hub import publish
-    from st_llm_embed.losses import DistillationLoss, InstructionContrastiveLoss, PretextLoss
+    from st_llm_embed.losses import DistillationLoss, InstructionContrastiveLoss, MNTPLoss, PretextLoss
     from st_llm_embed.model import build_model
     from st_llm_embed.modules import LatentAttentionPooling, LLMBackbone, PromptTokenPooling
     from st_llm_embed.tasks import Task
@@ -20,6 +20,7 @@ __all__ = [
     "LLMEmbedTrainer",
     "LLMEmbedTrainingArguments",
     "LatentAttentionPooling",
+    "MNTPLoss",
     "PretextLoss",
     "PromptTokenPooling",
     "Task",
@@ -30,7 +31,7 @@ __all__ = [
 # Where each name is: importing the package imports no torch.
 HOMES = {
     "hub": ("publish",),
-    "losses": ("DistillationLoss", "InstructionContrastiveLoss", "PretextLoss"),
+    "losses": ("DistillationLoss", "InstructionContrastiveLoss", "MNTPLoss", "PretextLoss"),
     "model": ("build_model",),
     "modules": ("LLMBackbone", "LatentAttentionPooling", "PromptTokenPooling"),
     "tasks": ("Task",),

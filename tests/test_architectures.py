@@ -34,8 +34,8 @@ def test_no_decoder_is_causal_by_accident_and_the_readme_says_so():
         column = [by_implementation[implementation] for by_implementation in findings.values()]
         bidirectional = [finding for finding in column if finding.mode in ("config", "mask")]
         assert len(bidirectional) >= {"sdpa": 85, "eager": 98}[implementation]  # of the lowest transformers
-        # All but those that count positions by themselves.
-        assert sum(not finding.joint for finding in bidirectional) <= 2
+        # All but those that count positions by themselves, and the three whose convolutions run through both prompts.
+        assert sum(not finding.joint for finding in bidirectional) <= 5
     if transformers.__version__ in README and torch.__version__.startswith("2.13"):
         table = as_markdown(findings)
         assert table.split("\n", 2)[2].strip() in README

@@ -8,8 +8,10 @@ import shutil
 
 import pytest
 import torch
+from conftest import save_llm
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
 
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
@@ -52,6 +54,29 @@ def test_the_mean_is_the_mean_and_loads(checkpoints, tmp_path):
     vectors = [SentenceTransformer(str(f), trust_remote_code=True).encode("a cat") for f in [*checkpoints, out]]
     assert all(abs(vectors[3] - other).max() > 1e-3 for other in vectors[:3])
     assert model.encode("a cat").shape == (32,)
+
+
+def test_the_base_is_one_more_checkpoint_of_the_llm_alone(checkpoints, llm, tmp_path):
+    """Pooling stays that of the first; a cut model takes the base's first layers; another LLM is none."""
+    sources = [weights(folder) for folder in checkpoints[:2]]
+    plain = {name: tensor for name, tensor in AutoModel.from_pretrained(llm).state_dict().items()}
+    out = weights(average_checkpoints(checkpoints[:2], tmp_path / "mean", weights=[1, 1, 2], base=llm))
+    assert plain.keys() < out.keys() == sources[0].keys()
+    for name, tensor in out.items():
+        expected = (sources[0][name] + sources[1][name] + 2 * plain.get(name, sources[0][name])) / 4
+        torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-6)
+    build_model(llm, "nv-embed", num_latents=4, num_layers=1).save_pretrained(tmp_path / "cut")
+    same = weights(average_checkpoints([tmp_path / "cut"], tmp_path / "half", base=llm))
+    for name, tensor in weights(tmp_path / "cut").items():
+        torch.testing.assert_close(same[name], tensor)
+    with pytest.raises(ValueError, match=r"differ in the tensors embed_tokens\.weight"):
+        other = save_llm(tmp_path / "other", hidden_size=64)
+        average_checkpoints(checkpoints[:1], tmp_path / "none", base=other)
+    with pytest.raises(ValueError, match="two checkpoints or more, got 1. Give another, or a base"):
+        average_checkpoints(checkpoints[:1], tmp_path / "none")
+    with pytest.raises(ValueError, match=r"weights=\[1\] must be 2 positive numbers"):
+        average_checkpoints(checkpoints[:1], tmp_path / "none", weights=[1], base=llm)
+    assert not (tmp_path / "none").exists()
 
 
 def test_slerp_walks_the_great_circle(checkpoints, tmp_path):

@@ -27,6 +27,16 @@ def test_paragraphs_follow_each_other_inside_a_document():
         list(stream)
 
 
+def test_the_last_text_of_a_document_is_a_row_where_it_is_asked_for():
+    counts = Counter()
+    rows = consecutive_texts(DOCUMENTS, keep_last=True, counts=counts)
+    expected = [("one", "two lines"), ("two lines", "three"), ("three", ""), ("alone", ""), ("two lines", "")]
+    assert [(row["text"], row["next"]) for row in rows] == expected
+    assert counts == {"documents": 5, "rows": 5, "duplicates": 1, "empty": 2, "without next": 0}
+    with pytest.raises(ValueError, match="of 1 documents, 1 are empty"):
+        consecutive_texts([""], keep_last=True)
+
+
 def test_every_form_of_documents_gives_the_same_rows():
     whole = Dataset.from_dict({"text": DOCUMENTS, "title": list("abcde")})
     texts = [(number, text) for number, document in enumerate(DOCUMENTS) for text in paragraphs(document)]

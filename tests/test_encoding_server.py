@@ -14,8 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
-from st_llm_embed.encoding import ServerEncoder, read_shards
-from st_llm_embed.encoding import server as encoding_server
+from st_llm_embed.encoding import ServerEncoder, json_server, read_shards
 from st_llm_embed.hub import save_sealed
 
 PROMPTS = {
@@ -42,7 +41,7 @@ def model(published) -> SentenceTransformer:
 
 @pytest.fixture
 def no_wait(monkeypatch):
-    monkeypatch.setattr(encoding_server, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(json_server, "WAITS", (0.0, 0.0))
 
 
 def encoder(server, published: str, **settings) -> ServerEncoder:

@@ -399,6 +399,29 @@ MISTAKES: list[tuple[Callable[[dict], object], str]] = [
     ),
     (at("stages", 0, "loss", "form", value="cloud"), "It takes 'mean', 'paper' or 'release'"),
     (
+        at("stages", 0, "loss", value={"objective": "mntp", "form": "mean"}),
+        "stages.pretext: has in its loss form, of PretextLoss, and its objective is mntp. Say objective: ebae-ebar",
+    ),
+    (
+        at("stages", 0, "loss", value={"mask_share": 0.2}),
+        "stages.pretext: has in its loss mask_share, of MNTPLoss, and its objective is ebae-ebar. Say objective: mntp",
+    ),
+    (at("stages", 0, "loss", value={"objective": "mlm"}), "loss.objective: .*'mlm'. It takes 'ebae-ebar' or 'mntp'"),
+    (at("stages", 0, "loss", value={"objective": "mntp", "mask_share": 0}), "mask_share: .* It takes more than 0"),
+    (
+        at("stages", 0, "loss", value={"objective": "mntp", "mask_token": "<none>"}),
+        "stages.pretext: mask_token='<none>' is no token of the LLM's vocabulary",
+    ),
+    (
+        lambda s: (s["model"].update(attention="causal"), s["stages"][0].update(loss={"objective": "mntp"})),
+        "stages.pretext: has objective: mntp, .*has attention: causal. Valid: bidirectional. Say model",
+    ),
+    (
+        at("stages", 2, "loss", value={"objective": "mntp"}),
+        "stages.blended: has in its loss objective, of a pretext stage, and has no data of consecutive_texts",
+    ),
+    (at("data", "texts", "keep_last", value="yes"), "data.texts.keep_last: .*It takes true or false"),
+    (
         at("stages", 0, "loss", "lm_head", value="own"),
         "stages.pretext.loss.lm_head: has the value 'own'. It takes 'base'",
     ),

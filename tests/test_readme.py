@@ -127,7 +127,7 @@ def tomllib_extras() -> set[str]:
 
 def test_the_configuration_of_the_training_guide_is_one():
     block, *others = blocks("yaml", (ROOT / "st_llm_embed" / "training" / "README.md").read_text())
-    assert all(read_run(Given(yaml.safe_load(other))) for other in others) and len(others) == 2
+    assert all(read_run(Given(yaml.safe_load(other))) for other in others) and len(others) == 3
     config = read_run(Given(yaml.safe_load(block)))
     assert [stage.name for stage in config.stages] == ["pretext", "retrieval", "blended"] and len(config.data) == 4
 

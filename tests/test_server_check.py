@@ -19,7 +19,7 @@ from test_encoding_server import FAULTS as FAULTY_ANSWERS
 
 from st_llm_embed import build_model
 from st_llm_embed.cli import main
-from st_llm_embed.encoding import server as encoding_server
+from st_llm_embed.encoding import json_server
 from st_llm_embed.hub import save_sealed
 from st_llm_embed.modules.special_tokens import drop_text_end
 from st_llm_embed.serving.server_check import check_server, check_vectors
@@ -336,7 +336,7 @@ def test_widths_that_change_are_refused(folders):
 
 
 def test_a_server_that_is_not_there_or_has_no_vectors(folders, monkeypatch):
-    monkeypatch.setattr(encoding_server, "WAITS", ())
+    monkeypatch.setattr(json_server, "WAITS", ())
     with embedding_server(load(folders["mean"])) as server:
         with pytest.raises(OSError, match="gives no vectors by any route.*/v1/embeddings: .* 404: .*`other` does not"):
             check_server(folders["mean"], server.url, "other")

@@ -41,6 +41,8 @@ def test_the_study_runs_and_goes_on(tmp_path, shared, script):
     trained = {folder.name for folder in (tmp_path / "models").iterdir()}
     # Seed 0: stage 1, three stages 2 after it, autoregressive, the reversed two, pairs after them. Seed 1: two stages.
     assert len(trained - {"averaged-0"}) == 5 + 3 + 2
+    assert "mean, MNTP, merged, seed 0" in script("run", *where, "--rows", "mean, MNTP, merged")
+    assert (tmp_path / "models" / "mean-MNTP-alone-merged-0" / "modules.json").is_file()
     assert "mean, distilled, seed 0" in script("run", *where, "--rows", "mean, distilled")
     taught = json.loads((tmp_path / "rows" / "mean-distilled-0.json").read_text())
     assert set(taught["on_the_teachers_index"]) == {"nl2bash", "scifact"} and taught["processor_seconds"] > 0

@@ -8,6 +8,7 @@ not made again.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import random
@@ -196,9 +197,8 @@ def test_maker(folder: Path) -> Callable[[Path, Path, dict[str, int]], None]:
     return class_test if "text" in read(folder, "test")[0] else pair_test
 
 
-def main() -> None:
+def prepare(arguments: argparse.Namespace) -> None:
     """Make what is missing."""
-    arguments = parser_of(__doc__).parse_args()
     size = STUDY["sizes"][arguments.size]
     sets = STUDY["sets"][size["sets"]]
     prepare_training(arguments.data, arguments.output / "data" / "train", sets["train"], size)
@@ -210,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    prepare(parser_of(__doc__).parse_args())

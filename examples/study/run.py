@@ -102,9 +102,12 @@ def configuration(row: str, size: dict[str, Any], folders: tuple[Path, Path], se
         steps_of = {name: usual, **size.get("steps_of", {})}
         steps = steps_of.get(row, steps_of[name])
         arguments = {**stage.get("arguments", {}), "max_steps": steps}
+        if not pretext:
+            arguments["sampling_temperature"] = 2.0  # of tasks
         teach = {"teacher": str(TEACHER), "refit": True, "sample": size.get("sample", 20_000)}
         taught = {"teach": teach} if stage.get("teach") else {}
-        stages.append({"name": name, "data": groups[stage["data"]], "arguments": arguments, **taught})
+        loss = {"loss": stage["loss"]} if "loss" in stage else {}
+        stages.append({"name": name, "data": groups[stage["data"]], "arguments": arguments, **loss, **taught})
     model = {key: value for key, value in of.items() if key not in NOT_MODEL}
     learning_rates = {"embed_tokens": 0.0}  # a few thousand texts cannot teach the LLM words
     if model["recipe"] == "nv-embed":
@@ -128,7 +131,6 @@ def configuration(row: str, size: dict[str, Any], folders: tuple[Path, Path], se
             "learning_rate_mapping": learning_rates,
             "warmup_steps": 0.1,
             "weight_decay": 0.03,
-            "sampling_temperature": 2.0,
             "bf16": True,
             "use_cpu": DEVICE == "cpu",
             "dataloader_pin_memory": DEVICE == "cuda",
@@ -187,7 +189,6 @@ def adapt_autoregressively(config: dict[str, Any], scratch: Path) -> SentenceTra
         max_characters=how["max_characters"],
     )
     settings = {**config["arguments"], **config["stages"][0]["arguments"], "seed": config["seed"], "report_to": []}
-    del settings["sampling_temperature"]  # that of tasks
     args = LLMEmbedTrainingArguments(str(scratch), **settings)
     LLMEmbedTrainer(model, args, rows, loss=AutoregressiveLoss(model, form="release")).train()
     return model
@@ -212,7 +213,8 @@ def model_folder(name: str, seed: int, arguments: argparse.Namespace) -> Path:
         return train(config, arguments.output, row.get("aligned", False))
     averaged = arguments.output / "models" / f"{file_name(name)}-{seed}"
     if not averaged.is_dir():
-        average_checkpoints([model_folder(of, seed, arguments) for of in row["average"]], averaged)
+        base = bundled_llm() if row.get("with_base") else None
+        average_checkpoints([model_folder(of, seed, arguments) for of in row["average"]], averaged, base=base)
     return averaged
 
 
@@ -273,15 +275,20 @@ def run_row(name: str, seed: int, arguments: argparse.Namespace) -> None:
     print(f"{name}, seed {seed}: {seconds} s", flush=True)
 
 
+def rows_of(size: str) -> list[str]:
+    """The rows of a size, with the peers."""
+    return [*STUDY["peers"], *(name for name, row in STUDY["rows"].items() if row.get("size", size) == size)]
+
+
 def main() -> None:
     """Run what is missing."""
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trained rows (default: 0)")
-    parser.add_argument("--rows", nargs="+", help="of study.yaml, and the peers (default: all)")
+    names = [*STUDY["peers"], *STUDY["rows"]]
+    parser.add_argument("--rows", nargs="+", choices=names, metavar="ROW", help="of study.yaml (default: all)")
     arguments = parser.parse_args()
-    of_size = [name for name, row in STUDY["rows"].items() if row.get("size", arguments.size) == arguments.size]
     for seed in arguments.seeds:
-        for name in arguments.rows or [*STUDY["peers"], *of_size]:
+        for name in arguments.rows or rows_of(arguments.size):
             untrained = name in STUDY["peers"] or STUDY["rows"][name].get("stages") == []
             if seed == 0 or not untrained:
                 run_row(name, seed, arguments)

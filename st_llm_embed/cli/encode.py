@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the vectors are kept (default: %(default)s)",
     )
     parser.add_argument(
+        "--ranges",
+        type=Path,
+        help="the file int8_ranges.json, or the model's folder with it, of --precision int8 (default: the "
+        "ranges of the first 1,000 texts)",
+    )
+    parser.add_argument(
         "--format", choices=("npy", "parquet"), default="npy", help="the format of the shards (default: %(default)s)"
     )
     parser.add_argument(
@@ -78,10 +84,10 @@ def run(arguments: argparse.Namespace) -> None:
     if to_file:
         if arguments.output.is_dir():
             raise ValueError(f"--output {arguments.output} is a folder. Name a file, such as vectors.npy, or another.")
-        if arguments.precision != "float32" or arguments.format != "npy" or arguments.streaming:
+        if arguments.precision != "float32" or arguments.format != "npy" or arguments.streaming or arguments.ranges:
             raise ValueError(
-                "--precision, --format and --streaming are of a folder of shards, and --output is a file. Name a "
-                "folder."
+                "--precision, --ranges, --format and --streaming are of a folder of shards, and --output is a file. "
+                "Name a folder."
             )
         check_file_writable(arguments.output)
     elif arguments.output.is_file() or arguments.output.suffix[1:].isalpha():
@@ -101,6 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         file_format=arguments.format,
         source=arguments.texts,
+        ranges=arguments.ranges,
         show_progress_bar=True,
     ).run()
     print(

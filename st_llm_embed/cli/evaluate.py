@@ -2,7 +2,8 @@
 
 Evaluate a model under the prompts saved in it. Results are mteb's files, kept by the model's revision, precision and
 attention: an interrupted evaluation goes on. Prints a table. Of several models it has all figures, and the differences
-to the first, with 95 % intervals where they can be paired over queries.
+to the first, with 95 % intervals where they can be paired over queries. With --dims or --precision it says what is
+kept of one model's figures in fewer dimensions and bits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("results"), help="the folder of the results (default: %(default)s)"
     )
     parser.add_argument("--split", default="test", help="the split of the folders' data (default: %(default)s)")
+    parser.add_argument(
+        "--dims", type=int, nargs="+", default=[], help="the numbers of first dimensions that vectors are cut to"
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        default=[],
+        help="how documents' vectors are kept: float32, float16, int8, binary, ubinary (default: float32)",
+    )
+    parser.add_argument(
+        "--card",
+        action="store_true",
+        help="put the table of --dims and --precision into the model's card, and the ranges of int8 beside it",
+    )
     parser.add_argument("--parity", action="store_true", help="compare the ways to run the model instead")
     add_batch_size(parser)
     parser.add_argument("--dtype", help="the precision of the weights, such as bfloat16 (default: as saved)")
@@ -41,16 +56,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from st_llm_embed.evaluation import compare, evaluate, parity
+    from st_llm_embed.evaluation import compare, evaluate, evaluate_compressed, parity
+    from st_llm_embed.evaluation.compression import keep_with_model
     from st_llm_embed.evaluation.parity import as_markdown
     from st_llm_embed.files import check_writable
 
     sources, tasks, output = arguments.sources, arguments.tasks, arguments.output
-    not_settings = {"sources", "tasks", "output", "parity", "run", "debug"}
+    dims, precision = arguments.dims, arguments.precision
+    not_settings = {"sources", "tasks", "output", "parity", "dims", "precision", "card", "run", "debug"}
     settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
+    compresses = bool(dims or precision)
+    if compresses and (len(sources) > 1 or arguments.parity):
+        raise ValueError("--dims and --precision are of one model, and without --parity. Leave the others out.")
+    if arguments.card and not (compresses and Path(sources[0], "README.md").is_file()):
+        raise ValueError("--card is of --dims or --precision, and of a model's folder with a README.md.")
     if len(sources) > 1 and arguments.parity:
         raise ValueError(f"--parity takes one model, not {len(sources)}: leave out {', '.join(sources[1:])}.")
-    if len(sources) > 1:
+    if compresses:
+        found = evaluate_compressed(
+            sources[0], tasks, output, dims=dims, precision=precision or ["float32"], **settings
+        )
+        print(f"{found.table}\nThis table is {found.folder / 'compressed.md'}; mteb's files are beside it.")
+        if arguments.card:
+            keep_with_model(found, Path(sources[0]))
+    elif len(sources) > 1:
         if settings.pop("revision"):
             raise ValueError(
                 f"--revision takes one model, not {len(sources)}. Fix: hf download MODEL --revision REVISION "

@@ -1,6 +1,7 @@
 """Add hard negatives to a data set.
 
-Let a teacher model rank a corpus for every anchor, and take the hardest texts that score well below its positive.
+Let a teacher model rank a corpus for every anchor, and take the hardest texts that score well below its positive,
+and that a judge, if there is one, does not hold for relevant either.
 Writes train.jsonl, report.json and histogram.png; and dropped.jsonl, the rows with too few negatives and why.
 """
 
@@ -54,6 +55,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--range-max", type=int, default=100, help="the number of candidates of each anchor (default: %(default)s)"
     )
+    parser.add_argument(
+        "--judge",
+        help="a second opinion on the candidates: the folder or Hub id of a cross-encoder or of an embedding model, "
+        "bm25, or an LLM on an OpenAI-compatible server, such as http://localhost:8000/v1#Qwen/Qwen3-8B, whose key is "
+        "in the environment, as OPENAI_API_KEY; its scores become a column",
+    )
+    parser.add_argument(
+        "--judged",
+        choices=("drop", "promote"),
+        default="drop",
+        help="what a candidate becomes that the judge holds for relevant: no negative, or a further positive of its "
+        "anchor, in a row of its own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--judge-relative-margin",
+        type=float,
+        help="the share of the positive's score, by the judge, by which a candidate's must be lower not to be held "
+        "for relevant (default: 0.5 of probabilities, 0.2 of cosines, 0.5 of BM25)",
+    )
+    parser.add_argument(
+        "--judge-absolute-margin",
+        type=float,
+        help="the difference by which it must be lower (default: 3 of logits)",
+    )
     parser.add_argument("--query-prompt", help="the prompt of the anchors (default: the teacher's own)")
     parser.add_argument("--corpus-prompt", help="the prompt of the documents (default: the teacher's own)")
     add_tokens_per_batch(parser)
@@ -74,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.data import load_corpus, load_rows
     from st_llm_embed.files import check_empty
-    from st_llm_embed.mining import load_teacher, mine_negatives
+    from st_llm_embed.mining import load_judge, load_teacher, mine_negatives
 
     try:
         from st_llm_embed.mining.histogram import write_mined
@@ -83,22 +108,28 @@ def run(arguments: argparse.Namespace) -> None:
 
     check_empty(arguments.output.resolve())
     progress = shows_progress()
-    sources = {key: getattr(arguments, key) for key in ("data", "teacher", "corpus")}
+    sources = {key: getattr(arguments, key) for key in ("data", "teacher", "corpus", "judge")}
     not_settings = {*sources, "columns", "corpus_columns", "output", "trust_remote_code", "run", "debug"}
     settings = {key: value for key, value in vars(arguments).items() if key not in not_settings}
     mined = mine_negatives(
         load_rows(arguments.data, columns=dict(arguments.columns)),
         load_teacher(arguments.teacher, arguments.trust_remote_code),
         load_corpus(arguments.corpus, dict(arguments.corpus_columns)) if arguments.corpus else None,
+        judge=load_judge(arguments.judge, arguments.trust_remote_code) if arguments.judge else None,
         **settings,
         show_progress_bar=progress,
     )
     written = write_mined(mined, arguments.output, {**sources, **settings})
     report = mined.report
-    print(f"Wrote {len(mined.rows)} of {report.rows} rows to {written}.")
+    print(f"Wrote {report.rows - report.rows_dropped} of {report.rows} rows to {written}.")
     if report.rows_dropped:
         print(f"Dropped {report.rows_dropped} with too few negatives: {written.with_name('dropped.jsonl')} says why.")
     print(f"Of {report.candidates} candidates were dropped, by rule: {report.dropped}.")
+    if report.judged is not None:
+        print(
+            f"The judge was asked about {report.judged['pairs']} pairs, and holds {report.judged['relevant']} "
+            f"candidates for relevant; {report.judged['promoted']} of them became positives, in rows after the others."
+        )
     if report.recall is not None:
         print(f"The approximate search found {report.recall:.1%} of the candidates of an exact one, by a sample.")
 

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from st_llm_embed.encoding.ranges import RANGES
     from st_llm_embed.hub import publish
     from st_llm_embed.hub.card import state_card
     from st_llm_embed.hub.teacher import teacher_of
@@ -36,5 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     state_card(model, arguments.name, arguments.license)
     names = ("adapter", "private", "exist_ok", "create_pr", "revision", "samples")
     options = {name: getattr(arguments, name) for name in names}
-    url = publish(model, arguments.repo_id, **options, teacher=teacher_of(Path(arguments.folder)))
+    folder = Path(arguments.folder)
+    ranges = folder / RANGES if (folder / RANGES).is_file() else None
+    url = publish(model, arguments.repo_id, **options, teacher=teacher_of(folder), ranges=ranges)
     print(f"Published: {url}")

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, IterableDataset, Value
+from datasets.table import InMemoryTable
 
 SCORES = "scores"  # of each row's documents, by a cross-encoder or whatever knows
 # Beside the texts: the class, the scores, and what the host's trainer and this package's add.
@@ -82,6 +84,13 @@ def check_scores(dataset: Dataset | IterableDataset, name: str, documents: int) 
         first_row += batch.num_rows
 
 
+def score_column(scores: np.ndarray) -> Dataset:
+    """The column of scores ``(rows, documents)``, a list in each row."""
+    offsets = pa.array(np.arange(len(scores) + 1, dtype=np.int32) * np.int32(scores.shape[1]))
+    lists = pa.ListArray.from_arrays(offsets, pa.array(scores.ravel()))
+    return Dataset(InMemoryTable(pa.table({SCORES: lists})))
+
+
 def check_classes(dataset: Dataset | IterableDataset, name: str, column: str = "label", several: bool = False) -> None:
     """Demand that a column has each row's class as a whole number: rows of one class take no positives of each other.
 
@@ -132,6 +141,26 @@ def check_pretext_columns(dataset: Dataset | IterableDataset, name: str) -> None
             "this order. Fix: st_llm_embed.data.consecutive_texts(documents) makes them from raw documents."
         )
     check_text(dataset, name, columns, may_be_empty=("next", "target"))
+    _check_first_row(dataset, name)
+
+
+def check_mntp_columns(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Demand ``text``, whatever there is besides. Of a stream, the first row is read.
+
+    Raises:
+        ValueError: naming the data set, the column and the row, and the fix; for no rows.
+    """
+    columns = list(dataset.column_names or [])
+    if "text" not in columns:
+        raise ValueError(
+            f"Data set {name!r} has the columns {columns}. MNTPLoss reads 'text'. Rename yours: "
+            "rows.rename_column('...', 'text')."
+        )
+    check_text(dataset, name, ["text"])
+    _check_first_row(dataset, name)
+
+
+def _check_first_row(dataset: Dataset | IterableDataset, name: str) -> None:
     if isinstance(dataset, IterableDataset):
         try:
             first = next(iter(dataset), None)

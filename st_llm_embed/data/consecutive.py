@@ -27,6 +27,7 @@ def consecutive_texts(
     document_column: str | None = None,
     max_characters: int | None = None,
     stop_words: Collection[str] | None = None,
+    keep_last: bool = False,
     counts: Counter[str] | None = None,
 ) -> Dataset | IterableDataset:
     """Split documents into texts, and pair each with the next one of its document.
@@ -42,13 +43,14 @@ def consecutive_texts(
         stop_words: the words, in lower case, that the embeddings need not predict, such as
             ``sklearn.feature_extraction.text.ENGLISH_STOP_WORDS``. They and all punctuation are left out of ``next``
             and of ``target``, a third column with the other words of ``text``.
+        keep_last: whether the last text of a document is a row too, with an empty ``next``: EBAE and MNTP learn of it.
         counts: a counter, emptied and then filled: ``documents``, those with a single text (``without next``),
             ``empty`` ones, ``rows``, and ``duplicates``: rows whose ``text`` and ``next`` came before, of which the
             first is kept. For a stream, as its rows pass, in the process that reads them.
 
     Raises:
-        ValueError: for a data set without the columns, or if no document has two texts; of a stream, when it is read
-            to its end.
+        ValueError: for a data set without the columns, or if no document has two texts (with ``keep_last``: one); of a
+            stream, when it is read to its end.
     """
     counts = Counter() if counts is None else counts
     if isinstance(documents, (Dataset, IterableDataset)):
@@ -60,6 +62,7 @@ def consecutive_texts(
         "document_column": document_column,
         "max_characters": max_characters,
         "stop_words": stop_words if stop_words is None else frozenset(stop_words),
+        "keep_last": keep_last,
         "counts": counts,
     }
     features = Features({column: Value("string") for column in columns})
@@ -83,6 +86,7 @@ def _rows(
     document_column: str | None,
     max_characters: int | None,
     stop_words: frozenset[str] | None,
+    keep_last: bool,
     counts: Counter[str],
 ) -> Iterator[dict[str, str]]:
     counts.clear()
@@ -92,10 +96,10 @@ def _rows(
         texts = [text for part in parts for text in split(part)]
         counts["documents"] += 1
         counts["empty"] += not texts
-        counts["without next"] += len(texts) == 1
+        counts["without next"] += len(texts) == 1 and not keep_last
         if max_characters is not None:
             texts = [cut(text, max_characters) for text in texts]
-        for text, following in zip(texts, texts[1:], strict=False):
+        for text, following in zip(texts, texts[1:] + [""] * keep_last, strict=False):
             if (key := hash((text, following))) in seen:
                 counts["duplicates"] += 1
                 continue
@@ -109,7 +113,8 @@ def _rows(
     if not counts["rows"]:
         raise ValueError(
             f"No text has a next one: of {counts['documents']} documents, {counts['empty']} are empty and "
-            f"{counts['without next']} have one text only. Split more finely: split=sentences, or windows(500)."
+            f"{counts['without next']} have one text only. Split more finely: split=sentences, or windows(500); "
+            "or for MNTP take single texts too: keep_last=True."
         )
     kinds = {"empty": "empty documents", "without next": "documents of one text", "duplicates": "duplicate rows"}
     removed = [f"{counts[name]:,} {kind}" for name, kind in kinds.items() if counts[name]]

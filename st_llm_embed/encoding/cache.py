@@ -59,6 +59,7 @@ class EmbeddingCache:
         self.shard_size = shard_size
         self.show_progress_bar = show_progress_bar
         self._model_hash = hash_of(model)
+        self._encoders: dict[tuple[Side, str | None], tuple[ModelEncoder, dict[str, Any]]] = {}
 
     def queries(self, texts: Dataset, rows: np.ndarray, prompt: str | None) -> EmbeddingShards:
         """The vectors, of length 1, that ``encode_query`` gives the ``text`` of these rows.
@@ -85,8 +86,10 @@ class EmbeddingCache:
         return self._encode("text", texts, rows, prompt, "texts")
 
     def _encode(self, side: Side, texts: Dataset, rows: np.ndarray, prompt: str | None, what: str) -> EmbeddingShards:
-        encoder = ModelEncoder(self.model, side, prompt, self.tokens_per_batch, model_hash=self._model_hash)
-        space = space_of(encoder)
+        if (side, prompt) not in self._encoders:
+            made = ModelEncoder(self.model, side, prompt, self.tokens_per_batch, model_hash=self._model_hash)
+            self._encoders[side, prompt] = made, space_of(made)
+        encoder, space = self._encoders[side, prompt]
         folder, places = self._space(space)
         hashes = column_hashes(texts.select(rows))
         index = TextIndex([file for place in places for file in shard_files(place)])

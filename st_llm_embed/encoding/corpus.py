@@ -8,6 +8,7 @@ the end ``report.json``. A shard that is there is compared with the corpus, text
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -30,6 +31,7 @@ from st_llm_embed.encoding.cache import SHARD_SIZE, check_finite
 from st_llm_embed.encoding.encoder import TextEncoder
 from st_llm_embed.encoding.lease import Piece, complete
 from st_llm_embed.encoding.manifest import is_same_space, space_of, write_manifest
+from st_llm_embed.encoding.ranges import range_of, ranges_of
 from st_llm_embed.encoding.shards import (
     FORMATS,
     is_whole,
@@ -43,7 +45,7 @@ from st_llm_embed.files import check_room, write_array, written_beside
 
 Precision = Literal["float32", "float16", "int8", "binary"]
 PRECISIONS: dict[Precision, float] = {"float32": 4, "float16": 2, "int8": 1, "binary": 1 / 8}  # bytes of a number
-CALIBRATED_ON = 1_000  # texts, from the first on: the range of each dimension in int8
+CALIBRATED_ON = 1_000  # texts, from the first on: the range of each dimension in int8, unless ranges are given
 RANGES = "ranges.npy"
 REPORT = "report.json"
 IDS = ("id", "_id")
@@ -87,14 +89,17 @@ class CorpusEncoding:
         folder: the folder of the vectors: a new one, or that of the same encoding.
         shard_size: the number of texts in a shard.
         precision: how the vectors are kept: ``float32``, ``float16``, ``int8`` (in 256 steps of each dimension's
-            range, that of the first 1,000 texts) or ``binary`` (the signs, eight in a byte).
+            range, that of the first 1,000 texts or of ``ranges``) or ``binary`` (the signs, eight in a byte).
         file_format: ``npy``, or ``parquet`` with the columns ``id`` and ``embedding``.
         source: the name of the corpus in the manifest.
+        ranges: the file of the ranges for ``int8``, or the folder that it is in, as a model's: so that the vectors of
+            several corpora are kept in the same steps.
         show_progress_bar: whether to show how far the whole corpus is.
 
     Raises:
-        ValueError: for settings out of range, a corpus without ``text`` or with a text that is missing, ids that
-            repeat or are missing, and a folder of another model, prompt, corpus or precision.
+        FileNotFoundError: if the file of the ranges is not there.
+        ValueError: for settings out of range, ranges of another model, a corpus without ``text`` or with a text that
+            is missing, ids that repeat or are missing, and a folder of another model, prompt, corpus or precision.
         OSError: if the disk has no room for the vectors.
     """
 
@@ -108,6 +113,7 @@ class CorpusEncoding:
         precision: Precision = "float32",
         file_format: str = "npy",
         source: str | None = None,
+        ranges: str | Path | None = None,
         show_progress_bar: bool = False,
     ) -> None:
         if shard_size < 1:
@@ -116,6 +122,8 @@ class CorpusEncoding:
             raise ValueError(f"precision={precision!r} is unknown. Valid values: {', '.join(PRECISIONS)}.")
         if file_format not in FORMATS:
             raise ValueError(f"file_format={file_format!r} is unknown. Valid values: {', '.join(FORMATS)}.")
+        if ranges is not None and precision != "int8":
+            raise ValueError(f"ranges={str(ranges)!r} is of int8, and precision={precision!r}. Leave one of them out.")
         columns = list(corpus.column_names or next(iter(corpus), {}))  # of some streams they are not known before
         if "text" not in columns:
             raise ValueError(f"The corpus has the columns {columns}, and no 'text'. Rename one of them.")
@@ -135,10 +143,14 @@ class CorpusEncoding:
         if self.rows is not None and not self.folder.exists():
             check_room(self.folder, int(self.rows * self.dim * PRECISIONS[precision]))
         settings = {"precision": precision, "file_format": file_format, "shard_size": shard_size, "rows": self.rows}
+        self._ranges = None if ranges is None else range_of(Path(ranges), self.dim, space)
+        if self._ranges is not None:
+            settings["ranges"] = hashlib.sha256(self._ranges.tobytes()).hexdigest()[:16]
         manifest = {**space, **settings, "dim": self.dim, "corpus": source}
         self._compare(space, settings, write_manifest(self.folder, manifest))
+        if self._ranges is not None and not (self.folder / RANGES).is_file():
+            _write_ranges(self.folder / RANGES, self._ranges)
         self._compared: set[int] = set()  # shards whose texts are the corpus's
-        self._ranges: np.ndarray | None = None
 
     def run(self) -> EncodingReport:
         """Encode what is left, together with whoever else does, and report on the whole corpus.
@@ -205,7 +217,7 @@ class CorpusEncoding:
                 f"{self.folder} has the vectors of {theirs}, and these are of {ours}, or of other weights or settings "
                 "of it. Choose another folder."
             )
-        for name, value in settings.items():
+        for name, value in {"ranges": None, **settings}.items():
             if manifest.get(name) == value:
                 continue
             if name == "rows":
@@ -337,9 +349,7 @@ class CorpusEncoding:
     def _calibrate(self, file: Path) -> None:
         rows = list(islice(iter(self.corpus), CALIBRATED_ON))
         batch = {name: [row[name] for row in rows] for name in rows[0]}
-        vectors = self.encoder.encode(self._rows(batch, 0).texts)
-        with written_beside(file) as staged:
-            write_array(staged, np.stack([vectors.min(axis=0), vectors.max(axis=0)]))
+        _write_ranges(file, ranges_of(self.encoder.encode(self._rows(batch, 0).texts)))
 
 
 class _Progress:
@@ -395,6 +405,11 @@ class _Progress:
                 minutes = (self.rows - there) * seconds / max(there - self.begun_with, texts) / 60
                 of = f" of {self.rows:,}, {minutes:,.0f} min left"
             print(f"Encoded {there:,}{of}; this worker: {rates}", file=sys.stderr, flush=True)
+
+
+def _write_ranges(file: Path, ranges: np.ndarray) -> None:
+    with written_beside(file) as staged:
+        write_array(staged, ranges)
 
 
 def _check_different(hashes: list[np.ndarray]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model import BaseModel
 from tokenizers import Tokenizer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -126,12 +127,12 @@ def encode_texts(
     return np.empty((0, model.get_embedding_dimension() or 0), np.float32) if vectors is None else vectors
 
 
-def tokens_for(model: SentenceTransformer) -> int:
+def tokens_for(model: BaseModel) -> int:
     """The tokens of a batch that suit the model's device."""
     return TOKENS_PER_BATCH.get(model.device.type, TOKENS_ON_ACCELERATOR)
 
 
-def count_tokens(model: SentenceTransformer, texts: Sequence[str], prompt: str = "") -> np.ndarray:
+def count_tokens(model: BaseModel, texts: Sequence[str], prompt: str = "") -> np.ndarray:
     """``(texts,)``: the tokens of each text under the prompt, before it is cut; where the model has no tokenizer of
     transformers, a fourth of its characters."""
     tokenizer = model.tokenizer
@@ -169,7 +170,12 @@ def batches(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
 
 def hash_of(model: SentenceTransformer) -> str:
     """A name of a model's weights and of how they are used: its modules' settings, tokenizer and longest text."""
-    hashed = hashlib.sha256(f"{model.max_seq_length} {model.truncate_dim}".encode())
+    return hash_modules(model, f"{model.max_seq_length} {model.truncate_dim}")
+
+
+def hash_modules(model: BaseModel, about: str) -> str:
+    """A name of a model's weights, of its modules' settings and tokenizer, and of what else is said about its use."""
+    hashed = hashlib.sha256(about.encode())
     for module in model:
         hashed.update(f"{type(module).__qualname__} {_settings(module)}".encode())
     for name, tensor in model.state_dict().items():

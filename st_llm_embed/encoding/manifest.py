@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from st_llm_embed.encoding.encoder import TextEncoder
 from st_llm_embed.encoding.shards import MANIFEST, read_manifest
@@ -27,11 +29,14 @@ def space_of(encoder: TextEncoder) -> dict[str, Any]:
     return {"identity": encoder.identity, **encoder.description, "reference": reference.tolist()}
 
 
-def is_same_space(space: dict[str, Any], manifest: dict[str, Any]) -> bool:
+def is_same_space(space: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
     """Whether a folder has the vectors of this encoder, within the rounding of machines."""
-    if space["identity"] != manifest.get("identity"):
-        return False
-    ours, theirs = np.array(space["reference"]), np.array(manifest["reference"])
+    return space["identity"] == manifest.get("identity") and is_same_reference(space, manifest["reference"])
+
+
+def is_same_reference(space: Mapping[str, Any], reference: ArrayLike) -> bool:
+    """Whether the vectors of a few texts are this encoder's, within the rounding of machines."""
+    ours, theirs = np.array(space["reference"]), np.array(reference)
     rounding = ROUNDING if space.get("dtype") == "float32" else HALF_ROUNDING
     return ours.shape == theirs.shape and bool(np.abs(ours - theirs).max() <= rounding * np.abs(theirs).max())
 

@@ -9,12 +9,7 @@ there, and nowhere else.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +19,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from st_llm_embed.encoding.encoder import SIDES, Side, about_tokens, side_prompt
+from st_llm_embed.encoding.json_server import JsonServer
 from st_llm_embed.files import read_json
 from st_llm_embed.tasks import TEXT
 from st_llm_embed.trust import fetch
@@ -31,28 +27,10 @@ from st_llm_embed.trust import fetch
 Route = Literal["/embeddings", "/embed"]
 AT_ONCE = 32  # texts of a request: TEI refuses more
 REQUESTS = 8  # at once
-TIMEOUT = 600.0  # seconds
-BUSY = (429, 502, 503, 504)  # too many requests; a gateway whose server is full, or being started
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before a busy server is asked again
-KEY = "OPENAI_API_KEY"  # as for OpenAI's own client, so that it stands in no command line
 LEAST_COSINE = 0.99  # with reference.json, as servers compute in half precision
 
 
-class AnsweredError(OSError):
-    """A server refused a request.
-
-    Args:
-        url: what was asked.
-        code: the status of its answer.
-        said: what it said.
-    """
-
-    def __init__(self, url: str, code: int, said: str) -> None:
-        super().__init__(f"{url} answered {code}: {said}")
-        self.code = code
-
-
-class EmbeddingServer:
+class EmbeddingServer(JsonServer):
     """Vectors of texts as they are, by HTTP. Its key, if it wants one, is in the environment: ``OPENAI_API_KEY``.
 
     Args:
@@ -65,9 +43,8 @@ class EmbeddingServer:
     """
 
     def __init__(self, url: str, name: str, route: Route = "/embeddings") -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url={url!r} must begin with http:// or https://, such as http://localhost:8000/v1.")
-        self.url, self.name, self.route = url.rstrip("/"), name, route
+        super().__init__(url)
+        self.name, self.route = name, route
 
     def embed(self, texts: Sequence[str], done: Callable[[int], None] = lambda count: None) -> np.ndarray:
         """``(texts, dim)`` in float32. ``done`` hears of every request how many texts it had.
@@ -80,28 +57,17 @@ class EmbeddingServer:
         parts = [list(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE)]
         vectors: list[np.ndarray] = []
         with ThreadPoolExecutor(REQUESTS) as requests:
-            for part in requests.map(self._ask, parts):
+            for part in requests.map(self._vectors, parts):
                 vectors.append(part)
                 done(len(part))
         if len(widths := {part.shape[1] for part in vectors}) > 1:
             raise ValueError(f"{self.url} answered vectors of {' and of '.join(map(str, sorted(widths)))} numbers.")
         return np.concatenate(vectors) if vectors else np.empty((0, 0), np.float32)
 
-    def models(self) -> list[str]:
-        """The names of its models, by OpenAI's ``/models``; none where it does not tell.
-
-        Raises:
-            OSError: if it does not answer.
-        """
-        try:
-            return [entry["id"] for entry in self._request("/models")["data"]]
-        except (AnsweredError, ValueError, KeyError, TypeError):
-            return []
-
-    def _ask(self, texts: list[str]) -> np.ndarray:
+    def _vectors(self, texts: list[str]) -> np.ndarray:
         """``(texts, dim)``: the vectors of some texts, in one request."""
         openai = {"model": self.name, "input": texts, "encoding_format": "float"}
-        answer = self._request(self.route, {"inputs": texts} if self.route == "/embed" else openai)
+        answer = self.ask(self.route, {"inputs": texts} if self.route == "/embed" else openai)
         try:
             if self.route == "/embed":  # in the order of the texts
                 rows = [{"index": number, "embedding": vector} for number, vector in enumerate(answer)]
@@ -126,30 +92,6 @@ class EmbeddingServer:
                 "server with another precision, such as float32 or bfloat16."
             )
         return vectors
-
-    def _request(self, route: str, body: dict[str, Any] | None = None) -> Any:
-        """What the server answers, as JSON; one that is busy is asked again."""
-        payload = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}{route}", payload, {"Content-Type": "application/json"})
-        if key := os.environ.get(KEY):
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        for wait in (*WAITS, None):
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                    return json.load(answer)
-            except urllib.error.HTTPError as error:
-                said = error.read(1_000).decode(errors="replace")
-                if error.code not in BUSY or wait is None:
-                    raise AnsweredError(self.url, error.code, said) from error
-                time.sleep(wait)
-            except (OSError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", None) or repr(error)
-                raise OSError(
-                    f"{self.url} does not answer: {reason}. Is it the right address, and started?"
-                ) from error
-            except ValueError as error:
-                raise ValueError(f"{self.url} answered something else than JSON: {error}.") from error
-        raise AssertionError
 
 
 class ServerEncoder:

@@ -6,6 +6,7 @@ except ImportError as error:
     raise ImportError("Evaluation needs mteb: pip install 'st-llm-embed[mteb]'.") from error
 
 from .compare import Compared, Difference, compare
+from .compression import Compressed, evaluate_compressed
 from .encoder import PromptedEncoder
 from .evaluate import Evaluated, evaluate
 from .evaluator import TaskEvaluator
@@ -14,6 +15,7 @@ from .parity import Parity, parity
 
 __all__ = [
     "Compared",
+    "Compressed",
     "Difference",
     "Evaluated",
     "Parity",
@@ -21,6 +23,7 @@ __all__ = [
     "TaskEvaluator",
     "compare",
     "evaluate",
+    "evaluate_compressed",
     "local_task",
     "parity",
 ]

@@ -25,6 +25,7 @@ from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from st_llm_embed.encoding.ranges import RANGES
 from st_llm_embed.evaluation.encoder import PromptedEncoder
 from st_llm_embed.evaluation.local_tasks import LocalTask, local_task
 from st_llm_embed.evaluation.model_names import model_names
@@ -218,13 +219,13 @@ def find_tasks(names: Iterable[str | Path], split: str = "test") -> list[AbsTask
 
 
 def find_model(source: str | Path, revision: str | None = None) -> tuple[Path, str]:
-    """The folder of a model, and its revision: the commit, or a hash of its files, but for its card and what a trainer
-    left."""
+    """The folder of a model, and its revision: the commit, or a hash of its files, but for its card, what a trainer
+    left, and the ranges by which its vectors may be kept."""
     root = fetch(source, revision)
     if not Path(source).is_dir():
         return root, root.name
     files = [file for file in sorted(root.rglob("*")) if file.is_file() and not left_by_trainer(file)]
-    return root, hash_files(root, [file for file in files if file.name != "README.md"])
+    return root, hash_files(root, [file for file in files if file.name not in ("README.md", RANGES)])
 
 
 def check_settings(

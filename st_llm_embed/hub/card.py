@@ -19,6 +19,7 @@ from sentence_transformers.base.model_card import generate_model_card
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from yaml import YAMLError
 
+from st_llm_embed.files import written_beside
 from st_llm_embed.hub.engine_keys import engines
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG
 from st_llm_embed.weights.export import attention_of
@@ -145,6 +146,16 @@ def record_training(file: Path, stages: list[dict[str, str]], start: Path | None
     file.write_text(f"{head}{TRAINING}\n\n{rows}\n\n{heading}{details}", encoding="utf-8")
 
 
+def put_section(file: Path, section: str) -> None:
+    """Put a section into a card, before the host's part, or in place of the one with its heading."""
+    heading = re.escape(section.partition("\n")[0])
+    text = file.read_text(encoding="utf-8")
+    text = re.sub(rf"^{heading}\n.*?(?=^## |\Z)", "", text, count=1, flags=re.MULTILINE | re.DOTALL)
+    head, details, rest = text.partition(DETAILS)
+    with written_beside(file) as staged:
+        staged.write_text(f"{head.rstrip()}\n\n{section.strip()}\n\n{details}{rest}", encoding="utf-8")
+
+
 def describe(model: SentenceTransformer, has_code: bool, folder: Path) -> str:
     """Markdown: what the model is made of, how to call it, under which prompts.
 
@@ -185,22 +196,26 @@ def describe(model: SentenceTransformer, has_code: bool, folder: Path) -> str:
 
 
 def _engines(folder: Path, name: str) -> str:
-    """The rows of a table: who gives the model's vectors, and by which line."""
+    """The rows of a table: who gives the model's vectors, and by which line.
+
+    The name is quoted, here as in Python: by that ``finish_card`` finds it when the model gets another.
+    """
+    quoted = f'"{name}"'
     if (folder / ADAPTER_CONFIG).is_file():
-        merge = f"`st-llm-embed merge {name} FOLDER` first"
+        merge = f"`st-llm-embed merge {quoted} FOLDER` first"
         return f"| vLLM, TEI, ONNX, llama.cpp | no | {merge} |"
     found = engines(folder)
-    vllm = f"`vllm serve {name} --runner pooling`"
+    vllm = f"`vllm serve {quoted} --runner pooling`"
     rows = {
         "vLLM": {"plugin": f"{vllm}, with `pip install --no-deps st-llm-embed` beside vLLM", "right": vllm},
-        "TEI": {"right": f"`text-embeddings-router --model-id {name}`, on a GPU"},
-        "llama.cpp": {"right": f"`llama_cpp.sh {name} FILE.gguf`, of st-llm-embed's `examples/serving`"},
+        "TEI": {"right": f"`text-embeddings-router --model-id {quoted}`, on a GPU"},
+        "llama.cpp": {"right": f"`llama_cpp.sh {quoted} FILE.gguf`, of st-llm-embed's `examples/serving`"},
     }
     lines = [
         f"| {engine} | {'refuses it' if found[engine] == 'refused' else 'yes'} | {row.get(found[engine], '')} |"
         for engine, row in rows.items()
     ]
-    onnx = f"| ONNX Runtime, OpenVINO, TEI on a CPU | yes | `st-llm-embed export-onnx {name} FOLDER` |"
+    onnx = f"| ONNX Runtime, OpenVINO, TEI on a CPU | yes | `st-llm-embed export-onnx {quoted} FOLDER` |"
     return "\n".join([*lines, onnx])
 
 

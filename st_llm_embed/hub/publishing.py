@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from sentence_transformers import SentenceTransformer
 
+from st_llm_embed.encoding.encoder import ModelEncoder
+from st_llm_embed.encoding.manifest import space_of
+from st_llm_embed.encoding.ranges import RANGES, read_ranges
 from st_llm_embed.files import check_empty, check_room, files_of, read_json, size_of, write_json, written_beside
 from st_llm_embed.hub.card import finish_card, inherit_license
 from st_llm_embed.hub.checking import compare
@@ -52,6 +56,7 @@ def save_sealed(
     *,
     samples: bool = False,
     teacher: TeacherName | None = None,
+    ranges: Path | None = None,
 ) -> Path:
     """Write ``model`` as a folder that loads without this package, checked by loading it so.
 
@@ -65,6 +70,7 @@ def save_sealed(
         samples: whether the card keeps the rows of the training data that sentence-transformers shows in it. What is
             published cannot be taken back, so by default they are left out.
         teacher: the model whose space the vectors are in, for ``reference.json`` and the card.
+        ranges: the file of the ranges of int8 that lies beside the weights, as ``evaluate_compressed`` wrote it.
 
     Returns:
         The folder.
@@ -72,17 +78,21 @@ def save_sealed(
     Raises:
         FileExistsError: if ``folder`` holds something.
         OSError: if ``folder`` cannot be written, or its disk has no room for the model.
-        ValueError: if the model is quantised, or its weights are not there.
+        ValueError: if the model is quantised, its weights are not there, or the ranges are another model's.
         RuntimeError: if the fresh process cannot load it or gives other vectors.
     """
     target = Path(folder).resolve()
     check_empty(target)
     _check_weights(model)
     check_room(target, size_of(model))
+    if ranges is not None:
+        read_ranges(ranges, space_of(ModelEncoder(model)))
     inherit_license(model)
     with written_beside(target) as staged:
         model.save_pretrained(str(staged))
         seal(staged)
+        if ranges is not None:
+            shutil.copy(ranges, staged / RANGES)
         write_json(staged / REFERENCE, take_reference(model) | ({"teacher": teacher._asdict()} if teacher else {}))
         card_section = (teacher.section if teacher else "") + card_section
         finish_card(staged / "README.md", model, card_section, has_code(staged), samples)
@@ -122,6 +132,7 @@ def publish(
     card_section: str = "",
     samples: bool = False,
     teacher: TeacherName | None = None,
+    ranges: Path | None = None,
 ) -> str:
     """Push ``model`` to the Hugging Face Hub, sealed and checked, so that it loads on machines without this package.
 
@@ -137,7 +148,7 @@ def publish(
         token: the Hub token. Default: the one saved by ``hf auth login``.
         commit_message: the first line of the commit's message.
         card_section: Markdown for the model card, after what the package itself says of the model.
-        samples, teacher: see ``save_sealed``.
+        samples, teacher, ranges: see ``save_sealed``.
 
     Returns:
         The URL of the commit, or of the pull request; of the last commit where the repository holds all this already.
@@ -166,7 +177,7 @@ def publish(
     model.model_card_data.set_model_id(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / repo_id.rpartition("/")[2]
-        folder = save_sealed(model, target, card_section, samples=samples, teacher=teacher)
+        folder = save_sealed(model, target, card_section, samples=samples, teacher=teacher, ranges=ranges)
         if "license" not in (metadata_load(folder / "README.md") or {}):
             logger.warning(
                 f"The card of {repo_id!r} names no licence, so nobody may use the model. Add "

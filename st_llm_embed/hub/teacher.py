@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import pairwise_cos_sim
 
+from st_llm_embed.encoding.ranges import RANGES
 from st_llm_embed.files import hash_files, read_json
 from st_llm_embed.trust import fetch
 
@@ -60,7 +61,8 @@ def name_teacher(source: str | Path, revision: str | None = None) -> TeacherName
     root = fetch(source, revision)
     if not Path(source).is_dir():
         return TeacherName(str(source), root.name)
-    files = [file for file in sorted(root.rglob("*")) if file.is_file() and file.suffix in (".json", ".safetensors")]
+    found = [file for file in sorted(root.rglob("*")) if file.is_file() and file.suffix in (".json", ".safetensors")]
+    files = [file for file in found if file.name != RANGES]
     path = root.resolve()
     stage = f"{path.parent.parent.name}/{path.parent.name}"  # a run calls each stage's folder so
     return TeacherName(stage if path.name == "model" else path.name, hash_files(root, files))

@@ -2,6 +2,7 @@
 
 from .distillation import DistillationLoss
 from .instruction_contrastive import InstructionContrastiveLoss
+from .mntp import MNTPLoss
 from .pretext import PretextLoss
 
-__all__ = ["DistillationLoss", "InstructionContrastiveLoss", "PretextLoss"]
+__all__ = ["DistillationLoss", "InstructionContrastiveLoss", "MNTPLoss", "PretextLoss"]

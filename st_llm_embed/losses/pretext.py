@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from st_llm_embed.losses.chunked_cross_entropy import ChunkedCrossEntropy
 from st_llm_embed.losses.joint_prompts import JointPrompts, check_llm, join_prompts
+from st_llm_embed.losses.lm_head import backbone_of, vocabulary_projection
 from st_llm_embed.losses.pretext_prompts import read_prompts
-from st_llm_embed.modules import LLMBackbone
 from st_llm_embed.recipes import EBAE_PROMPT, EBAR_PROMPT
 
 FORMS = ("mean", "paper", "release")
@@ -77,19 +77,7 @@ class PretextLoss(nn.Module):
         form: Literal["mean", "paper", "release"] = "mean",
     ) -> None:
         super().__init__()
-        backbone = model[0]
-        # By name: a published model brings its own copy of the class.
-        if LLMBackbone.__name__ not in [kind.__name__ for kind in type(backbone).__mro__]:
-            raise ValueError(
-                f"PretextLoss needs an LLMBackbone as the model's first module, not {type(backbone).__name__}. Build "
-                "the model with build_model, or with SentenceTransformer(modules=[LLMBackbone(...), ...])."
-            )
-        if lm_head is None and not backbone.config.get_text_config().tie_word_embeddings:
-            raise ValueError(
-                f"{backbone.config.model_type!r} does not tie its LM head to its input embeddings. Pass "
-                "lm_head=AutoModelForCausalLM.from_pretrained(base).get_output_embeddings(), or in a configuration "
-                "loss: {lm_head: base}."
-            )
+        backbone = backbone_of(model, lm_head, "PretextLoss")
         if form not in FORMS:
             raise ValueError(f"form={form!r} is unknown. Valid forms: {', '.join(FORMS)}.")
         if form == "release" and backbone.attention != "causal":
@@ -182,10 +170,7 @@ class PretextLoss(nn.Module):
         return parts
 
     def _vocabulary_projection(self) -> tuple[Tensor, Tensor | None]:
-        """Weight ``(vocabulary, dim)`` and bias."""
-        if self.lm_head is not None:
-            return self.lm_head.weight, self.lm_head.bias
-        return self._llm[0].get_input_embeddings().weight, None  # asked anew: an adapter may have come in between
+        return vocabulary_projection(self._llm[0], self.lm_head)
 
     def join_prompts(self, text_ids: list[list[int]], device: torch.device) -> JointPrompts:
         """Both prompts of each text in one row, cut to the model's longest text.

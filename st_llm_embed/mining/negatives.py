@@ -3,8 +3,12 @@
 TopK-PercPos of NV-Retriever (arXiv 2407.15831), on which NV-Embed-v2 trains: of the documents that score below 95 % of
 the positive's score, take the top ones. Also an absolute margin, and top-k inside a window of ranks.
 
-In: ``anchor, positive``. Out: ``anchor, positive, negative_1..n``, a report of what each rule dropped, and why rows
-are missing. Spellings of one text (``normal_form``) are one, and so are a document with its title and without.
+A judge (``judge.py``) may be asked about what the margins leave: what it holds for relevant is dropped, or becomes a
+positive.
+
+In: ``anchor, positive``. Out: ``anchor, positive, negative_1..n``, with a judge also its ``scores``; a report of what
+each rule dropped, and why rows are missing. Spellings of one text (``normal_form``) are one, and so are a document
+with its title and without.
 
 sentence-transformers' ``mine_hard_negatives``, whose rules and argument names these are, does not serve here. It holds
 all texts and vectors in memory; it writes its cache only when everything is encoded, and names it by the *base* model,
@@ -23,21 +27,25 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Value, concatenate_datasets
 from sentence_transformers import SentenceTransformer
 
-from st_llm_embed.data.columns import check_contrastive_columns
+from st_llm_embed.data.columns import check_contrastive_columns, score_column
 from st_llm_embed.data.corpus import read_corpus, scratch_file
 from st_llm_embed.data.normal_form import normal_form
 from st_llm_embed.encoding.cache import SHARD_SIZE, EmbeddingCache
 from st_llm_embed.mining.grid import SharedSearch
+from st_llm_embed.mining.judged_pairs import NumberedTexts
+from st_llm_embed.mining.judges import AnyJudge, read_judge
+from st_llm_embed.mining.margins import highest_allowed, keep_below, lowest_of
 from st_llm_embed.mining.reasons import most_frequent, reasons_of
 from st_llm_embed.mining.search import UseFaiss, check_faiss, cosines_of
 from st_llm_embed.mining.teachers import check_teacher
+from st_llm_embed.mining.verdicts import Judged, Verdicts, ask, report_of, summary
 
 logger = logging.getLogger(__name__)
 GOOD_RECALL = 0.9
@@ -61,6 +69,9 @@ class MiningReport:
         histograms: the counts of the same cosines in 100 bins of equal width from -1 to 1.
         recall: the share of the exact search's candidates that an approximate one found, for 100 of the anchors; None
             of an exact search.
+        judged: None without a judge; else ``pairs``, how many it was asked about; ``relevant``, how many candidates it
+            holds for relevant; ``promoted``, how many rows these became; and ``scores``, as above, of the positives
+            (``positive``) and of the candidates that it was asked about (``candidate``).
     """
 
     rows: int
@@ -72,6 +83,7 @@ class MiningReport:
     scores: dict[str, dict[str, float]]
     histograms: dict[str, list[int]]
     recall: float | None
+    judged: dict[str, Any] | None = None
 
 
 class Mined(NamedTuple):
@@ -79,7 +91,8 @@ class Mined(NamedTuple):
 
     Args:
         rows: the rows that are left, in their order, as ``anchor``, ``positive``, ``negative_1..n`` with the hardest
-            first.
+            first; after them those of the positives that a judge found, anchor by anchor, the best first. With a judge
+            also ``scores``, its own of the positive and of each negative, as ``soft_label_weight`` reads them.
         report: what was mined from what, in numbers.
         dropped: the other rows, in their order, as ``anchor``, ``positive`` and ``reason``, such as "2 of 7 negatives:
             of 100 candidates, 93 too close to the positive or above it (relative_margin=0.05), 5 skipped
@@ -101,6 +114,10 @@ def mine_negatives(
     absolute_margin: float | None = None,
     range_min: int = 0,
     range_max: int = 100,
+    judge: AnyJudge | None = None,
+    judged: Judged = "drop",
+    judge_relative_margin: float | None = None,
+    judge_absolute_margin: float | None = None,
     query_prompt: str | None = None,
     corpus_prompt: str | None = None,
     tokens_per_batch: int | None = None,
@@ -113,7 +130,8 @@ def mine_negatives(
 
     An anchor's candidates are the ``range_max`` documents of the highest cosine, but for its own text and for the
     positives of every row that has this anchor. The margins drop those too close to the positive (to the lowest, where
-    there are several). Of the others the first ``range_min`` are skipped; the next ``num_negatives`` are taken.
+    there are several), and the judge those that it holds for relevant. Of the others the first ``range_min`` are
+    skipped; the next ``num_negatives`` are taken.
 
     Args:
         dataset: the data set, with columns ``anchor`` and ``positive``; others are left out.
@@ -128,6 +146,16 @@ def mine_negatives(
             ``positive - absolute_margin`` are dropped. None switches the rule off.
         range_min: how many of the hardest candidates to skip, as positives that nobody has marked.
         range_max: how many candidates of each anchor to look at.
+        judge: a second opinion on the candidates: a ``CrossEncoder``, another ``SentenceTransformer``, ``"bm25"``, a
+            ``ChatJudge`` (an LLM on a server), whatever ``load_judge(name)`` gives, or a ``Judge`` of one's own.
+        judged: what becomes of a candidate that the judge holds for relevant: ``drop``, it is no negative; or
+            ``promote``, it becomes a further positive of the anchor, in a row of its own. Then the judge is also asked
+            about the candidates that the margins drop.
+        judge_relative_margin: the share of the positive's score, by the judge, by which a candidate's must be lower
+            not to be held for relevant; of several positives, of their mean. Default: 0.5 of probabilities, 0.2 of
+            cosines, 0.5 of BM25, unless ``judge_absolute_margin`` is given.
+        judge_absolute_margin: the difference by which it must be lower. Default: 3 of logits, unless
+            ``judge_relative_margin`` is given.
         query_prompt: the prompt of the anchors. Default: the teacher's own, as in ``encode_query``.
         corpus_prompt: the prompt of the documents. Default: the teacher's own, as in ``encode_document``.
         tokens_per_batch: the number of tokens encoded at once, padding included. Default: 2,048 on a CPU, 32,768
@@ -145,13 +173,16 @@ def mine_negatives(
         The rows that are left, the report, and the rows that were dropped, each with the reason.
 
     Raises:
-        ValueError: for another kind of teacher, misnamed columns, empty texts, numbers out of range, another
-            ``use_faiss``, vectors that are not finite, and if no row is left.
+        ValueError: for another kind of teacher or judge, misnamed columns, empty texts, numbers out of range, another
+            ``use_faiss``, vectors and scores that are not finite, scores of another range than the judge's, a margin
+            that they cannot have, and if no row is left.
+        OSError: for a judge on a server that does not answer.
         ImportError: if FAISS is asked for and not installed.
     """
     check_numbers(num_negatives, relative_margin, absolute_margin, range_min, range_max, shard_size)
     check_faiss(use_faiss)
     check_teacher(teacher)
+    judging = read_judge(judge, judged, judge_relative_margin, judge_absolute_margin, tokens_per_batch)
     if show_progress_bar is None:
         level = logging.getLogger(SentenceTransformer.__module__).getEffectiveLevel()
         show_progress_bar = level in (logging.INFO, logging.DEBUG)
@@ -175,16 +206,33 @@ def mine_negatives(
             recall = search.recall(queries, numbers.excluded, scores, nearest)
             _say_recall(recall)
         positive_scores = cosines_of(queries, documents, query, positive)
+        candidate = np.isfinite(scores)  # (queries, k), best first
+        margins = {"relative_margin": relative_margin, "absolute_margin": absolute_margin}
+        limits = highest_allowed(lowest_of(query, positive_scores), margins)
+        allowed, dropped = keep_below(candidate, scores, limits)
+        verdicts = None
+        if judging is not None:
+            pairs = judging.pairs(
+                NumberedTexts(anchors, numbers.query_rows, queries.hashes),
+                NumberedTexts(texts, numbers.document_rows, documents.hashes),
+                Path(folder),
+                tokens_per_batch,
+                shard_size,
+                show_progress_bar,
+            )
+            above = candidate & ~allowed & judging.promotes
+            needed = range_min + num_negatives
+            verdicts = ask(pairs, query, positive, nearest, allowed, above, needed, judging.margins)
+            allowed, by_judge = keep_below(allowed, verdicts.scores, verdicts.limits)
+            dropped |= by_judge
+            margins |= judging.margins
 
-    candidate = np.isfinite(scores)  # (queries, k), best first
-    limits = _limits(query, positive_scores, relative_margin, absolute_margin)
-    chosen, dropped = _choose(candidate, scores, limits, range_min, num_negatives)
-
+    chosen, dropped["range_min"] = _choose(allowed, range_min, num_negatives)
     enough = chosen.sum(axis=1) > 0
     kept, left_out = np.flatnonzero(enough[query]), np.flatnonzero(~enough[query])
-    settings = {"relative_margin": relative_margin, "absolute_margin": absolute_margin, "range_min": range_min}
     of = query[left_out]
     by_rule = {rule: counts[of] for rule, counts in dropped.items()}
+    settings = {**margins, "range_min": range_min}
     reasons, reason = reasons_of(candidate.sum(axis=1)[of], by_rule, settings, num_negatives)
     totals = {rule: int(counts.sum()) for rule, counts in dropped.items()}
     if len(kept) == 0:
@@ -194,21 +242,33 @@ def mine_negatives(
             f"{most_frequent(reasons, reason)}. Fix: a larger corpus, a larger range_max ({range_max}), fewer "
             "negatives, or less of the rule that dropped most."
         )
-    place = (enough.cumsum() - 1)[query[kept]]  # (kept rows,): each one's anchor among those with enough
-    negatives = nearest[chosen].reshape(-1, num_negatives)[place]  # (kept rows, n)
+    found = np.zeros_like(candidate)
+    if verdicts is not None and judging is not None and judging.promotes:
+        found = verdicts.relevant & enough[:, None]
+    of_found = np.nonzero(found)[0]
+    place = (enough.cumsum() - 1)[np.append(query[kept], of_found)]  # (rows,): each one's anchor among those kept
+    negatives = nearest[chosen].reshape(-1, num_negatives)[place]  # (rows, n)
+    rows = _taken(dataset, kept)
+    if len(of_found):
+        more = _pairs(anchors, numbers.query_rows[of_found], texts, numbers.document_rows[nearest[found]])
+        rows = concatenate_datasets([rows, more.cast(rows.features)])
     columns = [
         _taken(texts, numbers.document_rows[negatives[:, i]]).rename_column("text", f"negative_{i + 1}")
         for i in range(num_negatives)
     ]
+    judgement = None
+    if verdicts is not None:
+        columns.append(_scores(verdicts, kept, found, chosen, place))
+        judgement = report_of(verdicts, len(of_found))
     cosines = {"positive": positive_scores, "negative": scores[chosen].reshape(-1, num_negatives)[place]}
-    report = _report(len(dataset), len(kept), len(documents), candidate, totals, cosines, recall)
+    report = _report(len(dataset), len(kept), len(documents), candidate, totals, cosines, recall, judgement)
     if len(left_out):
         words = pa.array(reasons, pa.string()).take(pa.array(reason))
         without_enough = _taken(dataset, left_out).add_column("reason", words)
     else:  # NOTE: datasets 5 cannot put a column beside no rows of a table that is one of several joined.
         text = Features({name: Value("string") for name in ("anchor", "positive", "reason")})
         without_enough = Dataset.from_dict({name: [] for name in text}, features=text)
-    return Mined(concatenate_datasets([_taken(dataset, kept), *columns], axis=1), report, without_enough)
+    return Mined(concatenate_datasets([rows, *columns], axis=1), report, without_enough)
 
 
 def check_numbers(
@@ -308,42 +368,43 @@ def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], np.argsort(order)[number]
 
 
-def _limits(
-    query: np.ndarray, positive_scores: np.ndarray, relative: float | None, absolute: float | None
-) -> dict[str, np.ndarray]:
-    """The highest score that each margin allows, ``(queries,)``, below the lowest score of a query's positives."""
-    lowest = np.full(query.max() + 1, np.inf, np.float32)
-    np.minimum.at(lowest, query, positive_scores)
-    limits = {}
-    if relative is not None:
-        limits["relative_margin"] = lowest - relative * np.abs(lowest)
-    if absolute is not None:
-        limits["absolute_margin"] = lowest - absolute
-    return limits
-
-
-def _choose(
-    candidate: np.ndarray, scores: np.ndarray, limits: dict[str, np.ndarray], range_min: int, num_negatives: int
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Which candidates become negatives: all ``num_negatives`` of an anchor, or none; and ``(queries,)`` by rule, how
-    many each dropped.
+def _choose(allowed: np.ndarray, range_min: int, num_negatives: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which candidates become negatives: all ``num_negatives`` of an anchor, or none; and ``(queries,)``, how many are
+    skipped.
 
     Args:
-        candidate: ``(queries, k)``, which documents are candidates, best first.
-        scores: ``(queries, k)``, the cosines of these documents.
-        limits: ``(queries,)`` by rule, the highest score that the rule allows.
-        range_min: how many of the candidates that the rules allow are skipped.
+        allowed: ``(queries, k)``, which documents the rules allow, best first.
+        range_min: how many of these are skipped.
         num_negatives: the number of negatives for each query.
     """
-    left, dropped = candidate, {}
-    for rule, limit in limits.items():
-        allowed = left & (scores <= limit[:, None])
-        dropped[rule] = (left & ~allowed).sum(axis=1)
-        left = allowed
-    rank = left.cumsum(axis=1, dtype=np.int32)  # from 1
-    dropped["range_min"] = (left & (rank <= range_min)).sum(axis=1)
-    chosen = left & (rank > range_min) & (rank <= range_min + num_negatives)
-    return chosen & (chosen.sum(axis=1, keepdims=True) == num_negatives), dropped
+    rank = allowed.cumsum(axis=1, dtype=np.int32)  # from 1
+    skipped = (allowed & (rank <= range_min)).sum(axis=1)
+    chosen = allowed & (rank > range_min) & (rank <= range_min + num_negatives)
+    return chosen & (chosen.sum(axis=1, keepdims=True) == num_negatives), skipped
+
+
+def _pairs(anchors: Dataset, anchor_rows: np.ndarray, texts: Dataset, text_rows: np.ndarray) -> Dataset:
+    """Rows of an anchor and of a document that a judge holds for relevant."""
+    columns = [
+        _taken(anchors, anchor_rows).rename_column("text", "anchor"),
+        _taken(texts, text_rows).rename_column("text", "positive"),
+    ]
+    return concatenate_datasets(columns, axis=1)
+
+
+def _scores(verdicts: Verdicts, kept: np.ndarray, found: np.ndarray, chosen: np.ndarray, place: np.ndarray) -> Dataset:
+    """The judge's scores of each row's positive and negatives, in this order: a list in each row.
+
+    Args:
+        verdicts: the scores.
+        kept: ``(rows,)``, which rows of the data set there are.
+        found: ``(queries, k)``, which candidates are the positives of the rows after them.
+        chosen: ``(queries, k)``, which candidates are negatives.
+        place: ``(all rows,)``, each one's anchor among those that have negatives.
+    """
+    positives = np.append(verdicts.positive_scores[kept], verdicts.scores[found])
+    negatives = verdicts.scores[chosen].reshape(place.max() + 1, -1)[place]
+    return score_column(np.column_stack([positives, negatives]).astype(np.float32))  # (all rows, 1 + n)
 
 
 def _say_recall(recall: float) -> None:
@@ -365,6 +426,7 @@ def _report(
     dropped: dict[str, int],
     cosines: dict[str, np.ndarray],
     recall: float | None,
+    judged: dict[str, Any] | None,
 ) -> MiningReport:
     return MiningReport(
         rows=rows,
@@ -373,12 +435,8 @@ def _report(
         documents=documents,
         candidates=int(candidate.sum()),
         dropped=dropped,
-        scores={name: _summary(values) for name, values in cosines.items()},
+        scores={name: summary(values) for name, values in cosines.items()},
         histograms={name: np.histogram(values.clip(-1, 1), BINS)[0].tolist() for name, values in cosines.items()},
         recall=recall,
+        judged=judged,
     )
-
-
-def _summary(values: np.ndarray) -> dict[str, float]:
-    quantiles = zip(("min", "25%", "median", "75%", "max"), np.quantile(values, (0, 0.25, 0.5, 0.75, 1)), strict=True)
-    return {"mean": float(values.mean()), **{name: float(value) for name, value in quantiles}}

@@ -9,6 +9,8 @@ import numpy as np
 WORDS = {
     "relative_margin": "too close to the positive or above it",
     "absolute_margin": "too close to the positive or above it",
+    "judge_relative_margin": "held for relevant by the judge",
+    "judge_absolute_margin": "held for relevant by the judge",
     "range_min": "skipped",
 }
 SHOWN = 3  # reasons in an error

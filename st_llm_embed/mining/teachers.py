@@ -32,9 +32,31 @@ def find_teacher(source: str, trust_remote_code: bool = False, revision: str | N
         ValueError: if it is no model, or another kind of one.
         OSError: if it is neither here nor on the Hub.
     """
+    root, kind = find_model(source, "teacher", trust_remote_code, revision)
+    if kind != "SentenceTransformer":
+        raise _no_teacher(kind)
+    return root
+
+
+def find_model(
+    source: str, role: str, trust_remote_code: bool = False, revision: str | None = None
+) -> tuple[Path, str]:
+    """The folder of a model, which is not loaded yet, and which class of sentence-transformers it is for:
+    ``SentenceTransformer``, ``CrossEncoder``, ...; or ``causal LLM``.
+
+    Args:
+        source: the folder or Hub id.
+        role: what errors call it.
+        trust_remote_code: whether it may run code that this package does not ship.
+        revision: the branch, tag or commit of its repository.
+
+    Raises:
+        ValueError: if it is no model, or runs code that is not known.
+        OSError: if it is neither here nor on the Hub.
+    """
     root = fetch(source, revision)
     if not any((root / name).is_file() for name in ("modules.json", "config.json")):
-        raise ValueError(f"The teacher {source!r} is no model: it has neither a modules.json nor a config.json.")
+        raise ValueError(f"The {role} {source!r} is no model: it has neither a modules.json nor a config.json.")
     check_no_code(root, trust_remote_code)
 
     def saved(name: str) -> dict:
@@ -47,9 +69,7 @@ def find_teacher(source: str, trust_remote_code: bool = False, revision: str | N
     known = saved("config.json").get("model_type") in CONFIG_MAPPING  # of another the loaders say what is amiss
     if known and any(str(head).endswith("ForCausalLM") for head in heads):
         kind = "causal LLM"
-    if kind != "SentenceTransformer":
-        raise _no_teacher(kind)
-    return root
+    return root, kind
 
 
 def check_teacher(teacher: SentenceTransformer) -> None:

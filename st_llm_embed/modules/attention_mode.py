@@ -5,8 +5,9 @@ token.
 
 What the configuration can do, it does, for it is saved in ``config.json`` and needs no code of ours: sliding windows
 are opened there, and ``is_causal = False`` makes most architectures bidirectional. Where that is not enough (stablelm
-and nemotron under sdpa, chunked attention), the masks are changed in each forward pass (``attention_mask.py``).
-Neither is assumed: a probe shows it (``attention_probe.py``).
+and nemotron under sdpa, chunked attention), the masks are changed in each forward pass (``attention_mask.py``); the
+short convolutions between the attention layers of LFM2 are centred besides (``short_convolution.py``). Nothing is
+assumed: a probe shows it (``attention_probe.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from .attention_mask import attending
 from .attention_probe import AttentionProbe
+from .short_convolution import causal_convolutions, centre_convolutions
 from .sliding_windows import open_windows
 
 ATTENTION_MODES = ("bidirectional", "causal")
@@ -67,8 +69,16 @@ def set_attention_mode(model: PreTrainedModel, attention: str, window: str = "fu
     flash = "flash" in implementation
     if window == "full":
         open_windows(model)
+    causal_convolutions(model)
+    centred = centre_convolutions(model) if attention == "bidirectional" else []
+    no_mask = (
+        f"{config.model_type!r} is not made bidirectional by its config, and {implementation} takes no mask. Use "
+        "model_kwargs={'attn_implementation': 'sdpa'}."
+    )
+    if centred and flash:  # which would take a batch for one text
+        raise ValueError(no_mask)
     if not probe:
-        believed = flash or getattr(config, "is_causal", True) is False
+        believed = flash or (getattr(config, "is_causal", True) is False and not centred)
         config.is_causal = attention == "causal" or not believed
         return
     refusal = (
@@ -76,30 +86,32 @@ def set_attention_mode(model: PreTrainedModel, attention: str, window: str = "fu
         f"window={window!r} in every layer. Try model_kwargs={{'attn_implementation': 'eager'}}, or choose another "
         "base."
     )
-    prober = AttentionProbe(model)
+    prober = AttentionProbe(model, centred)
     if attention == "causal":
         config.is_causal = True
         if not prober.obeys(attention, window):
             raise ValueError(refusal)
         return
     if prober.mixes_without_attention():
+        causal_convolutions(model)
+        config.is_causal = True
+        way_out = "Choose another base."
+        if prober.obeys("causal", window):
+            way_out = "Build it causal, by the recipe 'last-token' (attention='causal'), or choose another base."
         raise ValueError(
             f"{config.model_type!r} passes information between tokens other than by attention under a mask, as "
-            "recurrence, convolution and summaries do. That stays causal: it cannot be bidirectional. Choose another "
-            "base, or attention='causal'."
+            "recurrence, convolution and summaries do. That stays causal: it cannot be bidirectional. "
+            f"{way_out}"
         )
     config.is_causal = False
     try:
-        if prober.obeys(attention, window):
+        if not centred and prober.obeys(attention, window):  # a config centres nothing
             return
     except (AttributeError, TypeError):
         pass  # mpt, and modernbert-decoder under eager, fail for want of a mask; other errors come again below
     config.is_causal = True
     if flash:
-        raise ValueError(
-            f"{config.model_type!r} is not made bidirectional by its config, and {implementation} takes no mask. Use "
-            "model_kwargs={'attn_implementation': 'sdpa'}."
-        )
+        raise ValueError(no_mask)
     with attending(model, attention):
         if not prober.obeys(attention, window):
             raise ValueError(refusal)

@@ -6,7 +6,7 @@ shows for every kind of layer what its mask lets through, whatever its code, its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -30,21 +30,24 @@ class AttentionProbe:
     nothing but attention and MLP: this costs less than one layer of the model.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, centred: Collection[nn.Module] = ()) -> None:
         self.model = model
         self.stacks = _stacks(model)
         first: dict[tuple, nn.Module] = {}  # of each kind
         self.kinds = {layer: first.setdefault(_kind(layer), layer) for stack in self.stacks for layer in stack}
         self.plain = {layer for layer in first.values() if _is_attention_and_mlp(layer)}
+        # Those of centred convolutions, which hear a few tokens on both sides.
+        self.local = {layer for layer in first.values() if not set(centred).isdisjoint(layer.modules())}
 
     def obeys(self, attention: str, window: str) -> bool:
         """Does each kind of layer hear just the tokens that it should, in batches without padding and with it?"""
         first, second, last = 0, 1, PROBE_LENGTH - 1
         with narrow_windows(self.model):
-            for later, earlier, near in (hears.unbind() for hears in self.hears([last, first, second])):
+            for layer, heard in self.hears([last, first, second]):
+                later, earlier, near = heard.unbind()
                 if attention == "causal":  # padding comes after all that a token hears, so this batch says it all
                     obeyed = earlier[second] and not later[:last].any()
-                elif window == "keep":
+                elif window == "keep" or layer in self.local:
                     obeyed = near[first] and earlier[second] and later[: last - 1].any() == earlier[second + 1 :].any()
                 else:
                     obeyed = later[: last - 1].any()  # from two tokens away, which no narrow window spans
@@ -53,19 +56,21 @@ class AttentionProbe:
             if attention == "causal":
                 return True
             real = last - 1
-            for later, near, padding in (hears.unbind() for hears in self.hears([real, second, last], length=last)):
-                heard = near[first] if window == "keep" else later[: real - 1].any()
-                if padding[:last].any() or not heard:
+            for layer, heard in self.hears([real, second, last], length=last):
+                later, near, padding = heard.unbind()
+                is_local = window == "keep" or layer in self.local
+                if padding[:last].any() or not (near[first] if is_local else later[: real - 1].any()):
                     return False
         return True
 
     def mixes_without_attention(self) -> bool:
-        """With every token attending to itself alone, does the last one still hear of the one before?"""
+        """With every token attending to itself alone, does the last one still hear of the one before? Centred
+        convolutions do not count."""
         config = self.model.config
         # NOTE: deepseek_v4 also attends to summaries of 4 or 128 past tokens, which these few tokens do not show.
         if getattr(config.get_text_config(), "compress_rates", None):
             return True
-        if self.plain.issuperset(self.kinds.values()):
+        if (self.plain | self.local).issuperset(self.kinds.values()):
             return False
         alone = torch.eye(PROBE_LENGTH, dtype=torch.bool, device=self.model.device).repeat(2, 1, 1)
         implementation = config._attn_implementation
@@ -73,20 +78,22 @@ class AttentionProbe:
             config._attn_implementation = "eager"
         try:
             with attending(self.model, "bidirectional", alone):
-                return any(hears[0, -1] for hears in self.hears([PROBE_LENGTH - 2]))
+                heard = self.hears([PROBE_LENGTH - 2])
+                return any(of_layer[0, -1] for layer, of_layer in heard if layer not in self.local)
         finally:
             config._attn_implementation = implementation
 
     @torch.no_grad()
-    def hears(self, speakers: Sequence[int], length: int = PROBE_LENGTH) -> list[Tensor]:
-        """For every kind of layer, ``(speakers, seq)`` booleans: True where the output moves with the speaker's input.
+    def hears(self, speakers: Sequence[int], length: int = PROBE_LENGTH) -> list[tuple[nn.Module, Tensor]]:
+        """Every kind of layer, by the first of it, and ``(speakers, seq)`` booleans: True where the output moves with
+        the speaker's input.
 
         Every layer gets the first row's hidden states in each row, but for one speaker's token in each further row,
         whose channels move on by one: not negated, for gates multiply two signs away. Tokens from ``length`` on are
         padding.
         """
         model, rows = self.model, 1 + len(speakers)
-        heard: list[Tensor] = []
+        heard: list[tuple[nn.Module, Tensor]] = []
         computed: dict[tuple, tuple] = {}  # kind of layer -> its arguments, held so that none of their ids is reused
         called: set[nn.Module] = set()
         form: Tensor | Sequence = ()  # of what a layer gives
@@ -114,7 +121,7 @@ class AttentionProbe:
                 output = (form if isinstance(form, Tensor) else form[0]).float()
                 output = output.movedim((axis, axis + 1), (0, 1)).flatten(2)  # (rows, seq, ...)
                 moved = (output[1:] - output[0]).abs().mean(dim=-1)  # (speakers, seq)
-                heard.append((moved > PROBE_THRESHOLD * output[0].abs().mean(dim=-1)).cpu())
+                heard.append((kind, (moved > PROBE_THRESHOLD * output[0].abs().mean(dim=-1)).cpu()))
                 return form
 
             return run

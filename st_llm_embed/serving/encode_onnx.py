@@ -24,6 +24,7 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 TEXT = "{text}"
+TOKENS_ON_CPU = 512  # at once, padding included: 2.2 times as fast as 32 texts of 8 to 128 tokens at once
 
 
 class OnnxEncoder:
@@ -51,6 +52,8 @@ class OnnxEncoder:
         self.before, self.after = special.index(0), special[::-1].index(0)  # BOS and EOS
         session = {"providers": ["CPUExecutionProvider"], **session}
         self.session = onnxruntime.InferenceSession(root / "onnx" / "model.onnx", **session)
+        on_cpu = self.session.get_providers() == ["CPUExecutionProvider"]
+        self.tokens_at_once = TOKENS_ON_CPU if on_cpu else 1 << 62
 
     def encode(
         self,
@@ -65,7 +68,7 @@ class OnnxEncoder:
             texts: the texts.
             prompt_name: the name of a saved prompt. Default: the model's default prompt, if it has one.
             prompt: a prompt in its place; ``""`` for none. A pooling that leaves the prompt out knows saved ones only.
-            batch_size: the number of texts encoded at once.
+            batch_size: the number of texts encoded at once, at most.
 
         Raises:
             ValueError: for a prompt that is not saved, or leaves no room for text.
@@ -77,8 +80,12 @@ class OnnxEncoder:
             prompt = self.prompts[name] if name is not None else ""
         rows = [self.token_ids(text, prompt) for text in texts]
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))  # rows of like length together
-        batches = [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-        vectors = [self.run(*self.pad([rows[number] for number in batch])) for batch in batches]
+        vectors, start = [], 0
+        while start < len(order):
+            fit = self.tokens_at_once // max(1, len(rows[order[start]]))
+            batch = order[start : start + max(1, min(batch_size, fit))]
+            vectors.append(self.run(*self.pad([rows[number] for number in batch])))
+            start += len(batch)
         return np.concatenate(vectors)[np.argsort(order)] if vectors else np.zeros((0, 0), np.float32)
 
     def token_ids(self, text: str, prompt: str = "") -> list[int]:

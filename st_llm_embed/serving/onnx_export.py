@@ -110,8 +110,9 @@ def export_onnx(
             if precision == "int8":
                 from st_llm_embed.serving.onnx_quantization import quantize
 
+                after_pooling = tuple(f"others.{n}." for n in range(1, len(exact) - 1))  # as EmbeddingGraph names them
                 with _quiet():
-                    quantize(traced, exact[0].model.get_input_embeddings().weight.shape)
+                    quantize(traced, exact[0].model.get_input_embeddings().weight.shape, after_pooling)
             _save(traced, staged / GRAPH)
         compare_with_model(staged, exact)
         compare_with_reference(staged)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from st_llm_embed.encoding.json_server import AnsweredError
 from st_llm_embed.encoding.server import (
-    AnsweredError,
     EmbeddingServer,
     Route,
     cut_text,

@@ -61,11 +61,16 @@ def describe_run(config: str | Path | Mapping[str, Any], assignments: Mapping[st
 def _mining(run: Run, names: list[str]) -> list[str]:
     """What is mined before a stage, for which the positives stand in its first row."""
     return [
-        f"negatives of {name} are mined first, by {run.config.data[name]['mine']['teacher']}, unless they are in "
+        f"negatives of {name} are mined first, by {_miners(run.config.data[name]['mine'])}, unless they are in "
         f"{run.output / 'mined' / name}; the row below shows each positive in their place"
         for name in names
         if name in run.mines
     ]
+
+
+def _miners(mine: Mapping[str, Any]) -> str:
+    """The teacher, and the judge if there is one."""
+    return mine["teacher"] if mine.get("judge") is None else f"{mine['teacher']}, judged by {mine['judge']}"
 
 
 def _teaching(run: Run, number: int) -> list[str]:

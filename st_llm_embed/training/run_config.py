@@ -14,8 +14,9 @@ from pydantic import BeforeValidator, Field, StrictBool, StrictStr
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
-from st_llm_embed.losses import PretextLoss
+from st_llm_embed.losses import MNTPLoss, PretextLoss
 from st_llm_embed.mining import mine_negatives
+from st_llm_embed.mining.judges import is_model
 from st_llm_embed.model import LENGTHS, LORA_ARGUMENTS, build_model
 from st_llm_embed.modules import LLMBackbone
 from st_llm_embed.recipes import RECIPES
@@ -28,6 +29,7 @@ from st_llm_embed.training.training_args import LLMEmbedTrainingArguments
 if TYPE_CHECKING:
     from st_llm_embed.evaluation import TaskEvaluator  # which needs mteb
 
+EBAE_EBAR, MNTP = "ebae-ebar", "mntp"
 FROM_1 = {"ge": 1}
 SHARE = {"ge": 0, "le": 1}
 LIMITS = {
@@ -36,7 +38,8 @@ LIMITS = {
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), FROM_1
     ),
     **dict.fromkeys(
-        ("early_stopping_patience", "batch_size", "tokens_per_batch", "matryoshka_dims", "save_total_limit"), FROM_1
+        ("early_stopping_patience", "batch_size", "tokens_per_batch", "matryoshka_dims", "dims", "save_total_limit"),
+        FROM_1,
     ),
     **dict.fromkeys(("max_characters", "num_negatives", "range_max", "shard_size", "truncate_dim"), FROM_1),
     "sample": {"ge": 10},
@@ -46,7 +49,8 @@ LIMITS = {
     **dict.fromkeys(("warmup_steps", "dataloader_num_workers", "eval_delay"), {"ge": 0}),
     **dict.fromkeys(("eval_steps", "save_steps", "logging_steps", "lora_alpha", "matryoshka_weights"), {"gt": 0}),
     **dict.fromkeys(("temperature", "sampling_temperature", "mini_batch_size", "spread_weight", "weight"), {"gt": 0}),
-    **dict.fromkeys(("warmup_ratio", "lora_dropout", "relative_margin"), SHARE),
+    **dict.fromkeys(("warmup_ratio", "lora_dropout", "relative_margin", "judge_relative_margin"), SHARE),
+    "mask_share": {"gt": 0, "le": 1},
     "seed": {"ge": 0, "lt": 1 << 32},
     "max_steps": {"ge": -1},  # -1: as many as the epochs have
     "n_dims_per_step": {"ge": -1},
@@ -98,9 +102,10 @@ class Stage:
         arguments: arguments of ``LLMEmbedTrainingArguments``, over those of the configuration.
         model: what differs from the configuration's ``model`` in this stage: ``lora``, ``max_seq_length``,
             ``query_length``, ``document_length``. LoRA that a stage has and the next has not is merged before it.
-        loss: in a pretext stage arguments of ``PretextLoss``, of which ``lm_head: base`` takes the LM head of the base
-            whose head is not tied to its embeddings. Else those of sentence-transformers' ``MatryoshkaLoss`` around
-            the contrastive loss, whose own settings are arguments (``temperature``, ``spread_weight``, ...).
+        loss: in a pretext stage arguments of ``PretextLoss``, or with ``objective: mntp`` of ``MNTPLoss``;
+            ``lm_head: base`` takes the LM head of the base whose head is not tied to its embeddings. Else those of
+            sentence-transformers' ``MatryoshkaLoss`` around the contrastive loss, whose own settings are arguments
+            (``temperature``, ``spread_weight``, ...).
         teach: a teacher, whose vectors the model learns.
         eval_data: the names of the data sets to evaluate on, as ``eval_strategy`` and ``eval_steps`` say.
         eval_tasks: the tasks to evaluate on besides, as the command ``evaluate`` takes them: folders in BEIR's layout,
@@ -121,6 +126,11 @@ class Stage:
     eval_tasks: list[str] = field(default_factory=list)
     eval_split: str = "dev"
     early_stopping_patience: int | None = None
+
+    @property
+    def masks(self) -> bool:
+        """Whether it is a pretext stage of masked next-token prediction."""
+        return self.loss.get("objective") == MNTP
 
 
 @dataclass(frozen=True)
@@ -156,15 +166,20 @@ class Mining:
     Args:
         teacher: the folder or Hub id of a sentence-transformers model, or the name of an earlier stage. It gets the
             task's instruction, unless its prompts have no place for one or ``query_prompt`` says otherwise.
-        trust_remote_code: whether to run code of the teacher that this package does not ship.
+        trust_remote_code: whether to run code of the teacher or the judge that this package does not ship.
         corpus: the documents to search besides the positives: what ``load_rows`` reads, or a folder in BEIR's layout.
         corpus_columns: what the corpus's columns are called, such as ``{text: body}``.
+        judge: a second opinion on the candidates: the folder or Hub id of a cross-encoder or of an embedding model, or
+            the name of an earlier stage; ``bm25``; or an LLM on an OpenAI-compatible server,
+            ``http://localhost:8000/v1#model``. An embedding model and an LLM get the task's instruction. Stages with a
+            ``soft_label_weight`` learn its scores.
     """
 
     teacher: str
     trust_remote_code: bool = False
     corpus: str | None = None
     corpus_columns: dict[str, str] = field(default_factory=dict)
+    judge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -175,11 +190,16 @@ class Evaluation:
         tasks: folders in BEIR's layout or with STS, pairs or classes, or names of mteb's tasks and benchmarks.
         split: the split of the folders' data.
         batch_size: the number of texts encoded at once.
+        dims: the numbers of first dimensions that vectors are cut to besides.
+        precision: how documents' vectors are kept besides: ``float32``, ``float16``, ``int8``, ``binary``,
+            ``ubinary``. The table of both is in a sealed model's card, and the ranges of int8 beside its weights.
     """
 
     tasks: list[str]
     split: str = "test"
     batch_size: int = 32
+    dims: list[int] = field(default_factory=list)
+    precision: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -289,18 +309,28 @@ MODEL = choice(
     valid=f"Valid recipes: {', '.join(RECIPES)}.",
 )
 STAGE_MODEL = part("model", {name: BACKBONE[name] for name in ("lora", *LENGTHS)})
-PRETEXT_LOSS = fields_of(PretextLoss, without=("model", "lm_head"), limits=LIMITS) | {
+OF_PRETEXT: dict[str, Any] = {
+    "objective": (
+        Literal["ebae-ebar", "mntp"],
+        Field(
+            EBAE_EBAR,
+            description="what the LLM learns of raw text: ``ebae-ebar``, LLaRA's two tasks, or ``mntp``, masked "
+            "next-token prediction, for bidirectional attention.",
+        ),
+    ),
     "lm_head": (
         Literal["base"],
         Field(None, description="``base``: the base's LM head, frozen, where it is not tied to the input embeddings."),
-    )
+    ),
 }
+PRETEXT_LOSS = fields_of(PretextLoss, without=("model", "lm_head"), limits=LIMITS)
+MNTP_LOSS = fields_of(MNTPLoss, without=("model", "lm_head"), limits=LIMITS)
 MATRYOSHKA = fields_of(MatryoshkaLoss, without=("model", "loss"), needed=(), limits=LIMITS)
-LOSS = part("loss", PRETEXT_LOSS, MATRYOSHKA)
-NOT_OF_MINING = ("dataset", "teacher", "corpus", "cache_folder", "show_progress_bar")
+LOSS = part("loss", OF_PRETEXT, PRETEXT_LOSS, MNTP_LOSS, MATRYOSHKA)
+NOT_OF_MINING = ("dataset", "teacher", "corpus", "judge", "cache_folder", "show_progress_bar")
 MINE = part(
     "mine",
-    fields_of(Mining, kinds={"teacher": Name, "corpus": PathText}),
+    fields_of(Mining, kinds={"teacher": Name, "corpus": PathText, "judge": Name}),
     fields_of(mine_negatives, without=NOT_OF_MINING, limits=LIMITS),
 )
 TASK = fields_of(Task, without=("name", "negatives"), needed=(), limits=LIMITS, kinds={"kind": Literal[tuple(KINDS)]})
@@ -406,23 +436,26 @@ def read_run(given: Given) -> RunConfig:
         if "mine" in settings:
             with given.naming("data", name, "mine"):
                 check_name(name)
-                settings["mine"]["teacher"] = _teacher(settings["mine"]["teacher"], name, config, given.folder)
+                mine = settings["mine"]
+                mine["teacher"] = _teacher(mine["teacher"], "teacher", name, config, given.folder)
+                if (judge := mine.get("judge")) is not None and is_model(judge):
+                    mine["judge"] = _teacher(judge, "judge", name, config, given.folder)
     return config
 
 
-def _teacher(teacher: str, name: str, config: RunConfig, folder: Path) -> str:
-    """The name of a stage, or the path or Hub id of a model.
+def _teacher(teacher: str, role: str, name: str, config: RunConfig, folder: Path) -> str:
+    """The name of a stage, or the path or Hub id of a model that mines for a data set, as ``role`` says.
 
     Raises:
         ValueError: for a stage that is not finished when the data set's first begins.
     """
     stages = [stage.name for stage in config.stages]
     if teacher not in stages:
-        return check(part("mine", {"teacher": (PathText, ...)}), {"teacher": teacher}, folder)["teacher"]
+        return check(part("mine", {role: (PathText, ...)}), {role: teacher}, folder)[role]
     first = next((i for i, stage in enumerate(config.stages) if name in (*stage.data, *stage.eval_data)), 0)
     if stages.index(teacher) >= first:
         raise ValueError(
-            f"the teacher {teacher!r} is a stage that comes after the negatives are needed, in {stages[first]!r}. "
+            f"the {role} {teacher!r} is a stage that comes after the negatives are needed, in {stages[first]!r}. "
             "Name an earlier one, or a model."
         )
     return teacher
@@ -470,9 +503,15 @@ def _check_stage(stage: Stage, config: RunConfig) -> None:
     other_kind = any(bool(pretext) != (config.data[name]["read"] == PRETEXT) for name in stage.eval_data)
     if other_kind or (pretext and len(stage.eval_data) > 1):
         raise ValueError(f"has eval_data {stage.eval_data} of another kind than its data {stage.data}.")
-    if misplaced := sorted(stage.loss.keys() & (MATRYOSHKA if pretext else PRETEXT_LOSS).keys()):
-        reason = "MatryoshkaLoss, and its data are" if pretext else "PretextLoss, and has no data"
-        raise ValueError(f"has in its loss {', '.join(misplaced)}, of {reason} of {PRETEXT}. Leave it out.")
+    _check_loss(stage, bool(pretext))
+    if pretext and stage.masks and "base" in config.model:
+        recipe = config.model.get("recipe", "nv-embed")
+        attention = config.model.get("attention", RECIPES[recipe].defaults["attention"])
+        if attention != "bidirectional":
+            raise ValueError(
+                f"has objective: {MNTP}, which predicts tokens from both sides, and the model has attention: "
+                f"{attention}. Valid: bidirectional. Say model: {{attention: bidirectional}}, or leave objective out."
+            )
     if stage.model.get("lora") is True and "load" in config.model:
         raise ValueError("has lora: true, the recipe's, and a loaded model has none. Say which: lora: {r: 16}.")
     if stage.loss.get("lm_head") and "load" in config.model:
@@ -495,6 +534,30 @@ def _check_stage(stage: Stage, config: RunConfig) -> None:
         raise ValueError(f"has teach, and data of {PRETEXT}, which no teacher is asked about. Leave out one of them.")
     if stage.eval_tasks and pretext:
         raise ValueError("has eval_tasks, and pretext data, after which there is nothing to retrieve with yet.")
+
+
+def _check_loss(stage: Stage, pretext: bool) -> None:
+    """Check that all keys of a stage's loss are of one loss.
+
+    Raises:
+        ValueError: for keys of another.
+    """
+    own, other = (MNTP, EBAE_EBAR) if stage.masks else (EBAE_EBAR, MNTP)
+    no_data = f"has no data of {PRETEXT}. Leave it out."
+    if pretext:
+        others = {
+            "PretextLoss" if stage.masks else "MNTPLoss": (
+                PRETEXT_LOSS if stage.masks else MNTP_LOSS,
+                f"its objective is {own}. Say objective: {other}, or leave it out.",
+            ),
+            "MatryoshkaLoss": (MATRYOSHKA, f"its data are of {PRETEXT}. Leave it out."),
+        }
+    else:
+        others = {"PretextLoss": (PRETEXT_LOSS, no_data), "MNTPLoss": (MNTP_LOSS, no_data)}
+        others["a pretext stage"] = (OF_PRETEXT, no_data)
+    for name, (fields, reason) in others.items():
+        if misplaced := sorted(stage.loss.keys() & fields.keys()):
+            raise ValueError(f"has in its loss {', '.join(misplaced)}, of {name}, and {reason}")
 
 
 def stage_arguments(

@@ -109,6 +109,7 @@ def read_pretext(
     document_column: str | None = None,
     max_characters: int | None = None,
     stop_words: list[str] | None = None,
+    keep_last: bool = False,
 ) -> Dataset | IterableDataset:
     """``consecutive_texts`` of a file, a folder or a data set of the Hub, as they are read.
 
@@ -119,6 +120,7 @@ def read_pretext(
         document_column: see ``consecutive_texts``.
         max_characters: see ``consecutive_texts``.
         stop_words: see ``consecutive_texts``.
+        keep_last: see ``consecutive_texts``.
 
     Raises:
         ValueError: for documents that cannot be read, or of which no text has a next one.
@@ -130,6 +132,7 @@ def read_pretext(
         document_column=document_column,
         max_characters=max_characters,
         stop_words=stop_words,
+        keep_last=keep_last,
     )
 
 

@@ -45,14 +45,14 @@ from st_llm_embed.hub import save_sealed
 from st_llm_embed.hub.card import record_training, state_card
 from st_llm_embed.hub.teacher import FILE as TEACHER_FILE
 from st_llm_embed.hub.teacher import teacher_of
-from st_llm_embed.losses import PretextLoss
+from st_llm_embed.losses import MNTPLoss, PretextLoss
 from st_llm_embed.model import Outline
 from st_llm_embed.tasks import encoding_prompts
 from st_llm_embed.teaching.teacher import Teaching
 from st_llm_embed.training.changes import find_changes
 from st_llm_embed.training.configuration import Given
-from st_llm_embed.training.mined_data import check_mining, mined_rows, stand_in
-from st_llm_embed.training.run_config import RunConfig, Stage, read_run, stage_arguments
+from st_llm_embed.training.mined_data import check_mining, mined_rows, stand_in, without_scores
+from st_llm_embed.training.run_config import OF_PRETEXT, RunConfig, Stage, read_run, stage_arguments
 from st_llm_embed.training.run_folder import (
     LOCK,
     check_ours,
@@ -144,7 +144,7 @@ def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[st
                     model = teacher.begin(model, taught, fits=checkpoint is None)
                 elif (projection := projection_of(model)) is not None:
                     projection.requires_grad_(True)  # of the stage before
-                set_seed(run.config.seed + number + 1)  # adapters' dropout, and nothing else, depends on it
+                set_seed(run.config.seed + number + 1)  # adapters' dropout and masks, and nothing else, depend on it
                 args = LLMEmbedTrainingArguments(str(folder), **run.arguments[number])
                 trainer = _trainer(stage, model, run, args, taught)
                 if checkpoint is not None:
@@ -179,18 +179,19 @@ def _finish(run: Run) -> Path:
     if run.config.seal is not False:
         model = _sealed(run, model, trusts)
     if run.config.evaluate is not None:
-        from st_llm_embed.evaluation import evaluate
+        from st_llm_embed.evaluation import evaluate, evaluate_compressed
+        from st_llm_embed.evaluation.compression import keep_with_model
 
         of = run.config.evaluate
-        evaluated = evaluate(
-            model,
-            of.tasks,
-            run.output,  # in whose folder results mteb puts them
-            split=of.split,
-            batch_size=of.batch_size,
-            trust_remote_code=trusts,
-        )
-        logger.warning("%s", evaluated.table)
+        how: dict[str, Any] = {"split": of.split, "batch_size": of.batch_size, "trust_remote_code": trusts}
+        # mteb puts the results into the folder results of the run.
+        logger.warning("%s", evaluate(model, of.tasks, run.output, **how).table)
+        if of.dims or of.precision:
+            forms: dict[str, Any] = {"dims": of.dims, "precision": of.precision or ["float32"]}
+            compressed = evaluate_compressed(model, of.tasks, run.output, **forms, **how)
+            logger.warning("%s", compressed.table)
+            if run.config.seal is not False:
+                keep_with_model(compressed, model)
     return model
 
 
@@ -382,8 +383,10 @@ def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str
             check_writable(Path(settings.vectors))
     if settings.evaluate is not None:
         with given.naming("evaluate"):
+            from st_llm_embed.evaluation.compression import check_forms
             from st_llm_embed.evaluation.evaluate import choose_tasks, read_through
 
+            check_forms(settings.evaluate.dims, settings.evaluate.precision or ["float32"])
             read_through(choose_tasks(settings.evaluate.tasks, settings.evaluate.split))
     return run
 
@@ -407,10 +410,17 @@ def _trainer(
     if not all(isinstance(part, tuple) for part in parts):
         (pretext_rows,) = parts
         eval_pretext = run.data[stage.eval_data[0]] if stage.eval_data else None
-        settings = {**stage.loss, **({"lm_head": run.lm_head} if "lm_head" in stage.loss and loss is None else {})}
-        loss = loss or PretextLoss(model, **settings)
+        if loss is None:
+            settings = {key: value for key, value in stage.loss.items() if key not in OF_PRETEXT}
+            lm_head = run.lm_head if "lm_head" in stage.loss else None
+            loss = (MNTPLoss if stage.masks else PretextLoss)(model, lm_head=lm_head, **settings)
         return LLMEmbedTrainer(model, args, pretext_rows, eval_pretext, loss=loss, callbacks=callbacks)
     rows, eval_rows = ({name: run.data[name][0] for name in names} for names in (stage.data, stage.eval_data))
+    if not args.soft_label_weight:
+        rows, eval_rows = (
+            {name: without_scores(part) if "mine" in run.config.data[name] else part for name, part in of.items()}
+            for of in (rows, eval_rows)
+        )
     if teacher is not None:  # who has the vectors that the data bring
         rows, eval_rows = ({name: without_vectors(part) for name, part in of.items()} for of in (rows, eval_rows))
     tasks = {run.data[name][1].name: run.data[name][1] for name in (*stage.data, *stage.eval_data)}
@@ -476,13 +486,14 @@ def _card_row(stage: Stage, run: Run) -> dict[str, str]:
     settings = {key: value for key, value in {**run.config.arguments, **stage.arguments}.items() if key in SHOWN}
     if lora := run.config.model_of(stage).get("lora"):
         settings["lora"] = lora
-    settings |= {key: value for key, value in stage.loss.items() if key != "lm_head"}
+    settings |= {key: value for key, value in stage.loss.items() if key not in OF_PRETEXT}
+    pretext = "pretext (MNTP)" if stage.masks else "pretext (EBAE + EBAR)"
     if stage.teach is not None and (teacher := stage.teach.teacher) is not None:
         settings["teacher"] = Path(teacher).name if Path(teacher).exists() else teacher
     mined = [f"{name} by {Path(teacher).name}" for name, teacher in run.teachers(stage).items()]
     return {
         "": stage.name,
-        "stage": str(stage.arguments.get("stage", 1)) if of_task else "pretext (EBAE + EBAR)",
+        "stage": str(stage.arguments.get("stage", 1)) if of_task else pretext,
         "data": describe_data(stage, run.data) + (f"; negatives mined: {', '.join(mined)}" if mined else ""),
         "arguments": ", ".join(f"`{key}={value!r}`" for key, value in settings.items()),
     }

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from st_llm_embed.files import read_json
 from st_llm_embed.losses.pretext_prompts import read_prompts
+from st_llm_embed.losses.token_masking import mask_id_of
 from st_llm_embed.model import LENGTHS, Outline, add_lora, build_model, check_lora, outline_model
 from st_llm_embed.modules import LLMBackbone
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG
@@ -23,7 +24,7 @@ from st_llm_embed.recipes import RECIPES
 from st_llm_embed.tasks import Task, encoding_prompts
 from st_llm_embed.teaching.alignment import unfitted, with_projection, without_length
 from st_llm_embed.training.configuration import Given
-from st_llm_embed.training.run_config import RunConfig, Stage, read_run
+from st_llm_embed.training.run_config import OF_PRETEXT, RunConfig, Stage, read_run
 from st_llm_embed.training.stage_data import PRETEXT, task_of
 from st_llm_embed.trust import check_base, check_no_code, fetch, load_trusted, loading
 from st_llm_embed.weights.merging import has_adapter, merge_adapter
@@ -198,8 +199,11 @@ def check_stage(stage: Stage, outline: Outline, tasks: Sequence[Task]) -> None:
         ValueError: naming the prompt, its tokens and the length; or the setting of the loss.
     """
     if not tasks:
-        settings = {key: value for key, value in stage.loss.items() if key not in ("lm_head", "form")}
-        read_prompts(outline.tokenizer, outline.add_eos, outline.lengths["max_seq_length"], **settings)
+        if stage.masks:
+            mask_id_of(outline.tokenizer, stage.loss.get("mask_token"))
+        else:
+            settings = {key: stage.loss[key] for key in stage.loss if key not in (*OF_PRETEXT, "form")}
+            read_prompts(outline.tokenizer, outline.add_eos, outline.lengths["max_seq_length"], **settings)
         if not outline.tied and "lm_head" not in stage.loss:
             raise ValueError("the LLM does not tie its LM head to its input embeddings. Say loss: {lm_head: base}.")
         return

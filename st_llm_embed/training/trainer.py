@@ -23,10 +23,10 @@ from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from st_llm_embed.data.columns import SCORES, check_classes, check_pretext_columns
+from st_llm_embed.data.columns import SCORES, check_classes, check_mntp_columns, check_pretext_columns
 from st_llm_embed.data.columns import TEACHER_EMBEDDING as COLUMN
 from st_llm_embed.hub import publish
-from st_llm_embed.losses import DistillationLoss, InstructionContrastiveLoss, PretextLoss
+from st_llm_embed.losses import DistillationLoss, InstructionContrastiveLoss, MNTPLoss, PretextLoss
 from st_llm_embed.tasks import Task
 from st_llm_embed.teaching.embeddings import TeacherEmbeddings, brings_embeddings
 from st_llm_embed.teaching.teacher import Teaching, embeddings_of
@@ -169,7 +169,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
 
     def override_model_in_loss(self, loss: nn.Module, model: nn.Module) -> nn.Module:
         # It reads the model when it is made. With model_init, each run has another model; other wrappers keep it.
-        if isinstance(loss, PretextLoss) and isinstance(model, SentenceTransformer):
+        if isinstance(loss, PretextLoss | MNTPLoss) and isinstance(model, SentenceTransformer):
             return type(loss)(model, lm_head=loss.lm_head, **loss.get_config_dict())
         return super().override_model_in_loss(loss, model)
 
@@ -184,6 +184,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             self._read_tasks(dataset, training, self.plan)
         elif dataset is not None:
             self._check_columns(dataset, training)
+            dataset = self._without_unread(dataset)
         if training and isinstance(dataset, IterableDataset):
             dataset = dataset.shuffle(seed=self.args.seed, buffer_size=SHUFFLE_BUFFER)
         return super().preprocess_dataset(dataset, dataset_name)
@@ -270,6 +271,8 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             labels = [column for column in self.data_collator.valid_label_columns if column in columns]
             if isinstance(loss, PretextLoss):
                 check_pretext_columns(rows, name)
+            elif isinstance(loss, MNTPLoss):
+                check_mntp_columns(rows, name)
             elif not self.own_loss and (not labels or columns[:2] == ["anchor", "positive"]):
                 raise ValueError(
                     f"Data set {name!r} has neither a task nor a loss. Pass tasks=[Task({name!r}, 'what to do, in one "
@@ -277,6 +280,15 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                 )
             elif labels and loss is not None and contrastive_loss(loss) is not None:
                 check_classes(rows, name, labels[0], several=training)
+
+    def _without_unread(self, dataset: AnyDataset) -> AnyDataset:
+        """The texts alone of what is masked, as the host tokenizes every column."""
+        if isinstance(dataset, dict):
+            for name, rows in dataset.items():
+                if isinstance(self.loss[name] if isinstance(self.loss, dict) else self.loss, MNTPLoss):
+                    dataset[name] = rows.select_columns(["text"])
+            return dataset
+        return dataset.select_columns(["text"]) if isinstance(self.loss, MNTPLoss) else dataset
 
     def get_data_collator(
         self, model: SentenceTransformer, args: LLMEmbedTrainingArguments, processing_class: Any = None

@@ -26,8 +26,10 @@ MODULES = {
 # Of sentence-transformers' own those that load what is in their folder, and nothing else.
 STOCK_MODULES = set(
     "Transformer Pooling Normalize Dense LayerNorm Dropout WeightedLayerPooling Router Asym StaticEmbedding BoW "
-    "WordEmbeddings WordWeights CNN LSTM CLIPModel".split()
+    "WordEmbeddings WordWeights CNN LSTM CLIPModel LogitScore".split()
 )
+# The last is what cross-encoders before sentence-transformers 4 have.
+ACTIVATIONS = ("activation_function", "activation_fn", "activation_fct", "sbert_ce_default_activation_function")
 STOCK_TOKENIZERS = {"WhitespaceTokenizer", "PhraseTokenizer"}
 ADAPTERS = {"LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA"}
 # SHA-256 of what released versions shipped with models.
@@ -153,7 +155,7 @@ def _named_code(name: str, content: Any, has_classes: bool) -> Iterator[str]:
                 yield "it asks for trust_remote_code"
             elif key in ("auto_map", "custom_pipelines") and value and has_classes:
                 yield f"{key} names code of the model's own"
-            elif key in ("activation_function", "activation_fn", "activation_fct") and not _is_activation(value):
+            elif key in ACTIVATIONS and not _is_activation(value):
                 yield f"{key}={value!r} is no activation of torch.nn"
             elif key.strip("_").startswith(("attn_implementation", "experts_implementation")):
                 kinds = value.values() if isinstance(value, dict) else [value]

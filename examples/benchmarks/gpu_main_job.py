@@ -1,15 +1,15 @@
 """The main job on a GPU against the CPU, on tiny random LLMs: vectors, precisions, training, sealing, adapters.
 
-    python -m examples.benchmarks.gpu
+    python -m examples.benchmarks.gpu_main_job
 
-Needs a GPU and no network; about a minute. Prints one line for each step, with its figure.
+Needs no network; about a minute on a GPU. Prints one line for each part, with its figure. ``gpu.sh`` runs it first.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from st_llm_embed.mining.negatives import mine_negatives
 from st_llm_embed.recipes import RECIPES
 from st_llm_embed.weights.merging import merge_adapter
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OVERRIDES = {"nv-embed": {"num_latents": 16, "num_heads": 2, "head_dim": 32}}
 PAIRS = Dataset.from_dict(
     {name: [f"{name} {i} cat" for i in range(64)] for name in ("anchor", "positive", "negative")}
@@ -65,11 +66,12 @@ class Steps:
         if adapter:
             model.add_adapter(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
         folder = save_sealed(model, self.root / f"{recipe}-{adapter}")
-        return f"check differs by {check(folder, device='cuda').difference:.1e}"
+        return f"check differs by {check(folder, device=DEVICE).difference:.1e}"
 
     def train(self, recipe: str, lora: bool = False, pretext: bool = False, **arguments: object) -> str:
         model = self.build(recipe, lora=lora)
         quiet = {"report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
+        quiet |= {"use_cpu": DEVICE == "cpu"}
         args = LLMEmbedTrainingArguments(
             str(self.root / "run"),
             **{"max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-3, **quiet, **arguments},
@@ -94,30 +96,39 @@ class Steps:
         return f"{len(mined.rows)} rows"
 
 
-def step(name: str, act: Callable[[], str]) -> None:
-    print(f"{name:44} {act()}", flush=True)
+def run(recipes: Iterable[str] = RECIPES, compiles: bool = True) -> dict[str, str]:
+    """What each part says, by its name; printed as it comes.
 
+    Args:
+        recipes: those whose vectors and sealed folders are compared.
+        compiles: whether torch.compile is tried, which takes most of the time on a CPU.
+    """
+    found: dict[str, str] = {}
 
-def main() -> None:
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    def part(name: str, act: Callable[[], str]) -> None:
+        found[name] = act()
+        print(f"{name:44} {found[name]}", flush=True)
+
     with tempfile.TemporaryDirectory() as folder, fresh_python():
         steps = Steps(Path(folder))
-        for recipe in RECIPES:
-            step(f"vectors, {recipe}", lambda recipe=recipe: steps.vectors(recipe))
-            step(f"sealed, {recipe}", lambda recipe=recipe: steps.sealed(recipe))
-        step("sealed adapter, nv-embed", lambda: steps.sealed("nv-embed", adapter=True))
+        for recipe in recipes:
+            part(f"vectors, {recipe}", lambda recipe=recipe: steps.vectors(recipe))
+            part(f"sealed, {recipe}", lambda recipe=recipe: steps.sealed(recipe))
+        part("sealed adapter, nv-embed", lambda: steps.sealed("nv-embed", adapter=True))
         for dtype in (torch.bfloat16, torch.float16):
-            step(f"nv-embed in {dtype}", lambda dtype=dtype: steps.half("nv-embed", dtype))
+            part(f"nv-embed in {dtype}", lambda dtype=dtype: steps.half("nv-embed", dtype))
         for recipe in ("nv-embed", "llara", "last-token"):
             for arguments in ({}, {"bf16": True}, {"gradient_checkpointing": True}, {"mini_batch_size": 4}):
-                step(f"train {recipe} {arguments or ''}", lambda r=recipe, a=arguments: steps.train(r, **a))
-        step("train nv-embed, LoRA, bf16", lambda: steps.train("nv-embed", lora=True, bf16=True))
+                part(f"train {recipe} {arguments or ''}", lambda r=recipe, a=arguments: steps.train(r, **a))
+        part("train nv-embed, LoRA, bf16", lambda: steps.train("nv-embed", lora=True, bf16=True))
         for recipe in ("llara", "llara-release"):
-            step(f"pretext {recipe}", lambda recipe=recipe: steps.train(recipe, pretext=True))
-        step("train last-token, torch_compile", lambda: steps.train("last-token", torch_compile=True))
-        step("merge, with TF32 left on by torch_compile", steps.merge)
-        step("mine", steps.mine)
+            part(f"pretext {recipe}", lambda recipe=recipe: steps.train(recipe, pretext=True))
+        if compiles:
+            part("train last-token, torch_compile", lambda: steps.train("last-token", torch_compile=True))
+        part("merge, after what torch_compile left on", steps.merge)
+        part("mine", steps.mine)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    run()
