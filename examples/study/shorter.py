@@ -9,7 +9,6 @@ The models are those of run.py, trained if they are not there. Each figure is th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import mean
 
@@ -19,7 +18,7 @@ from examples.study.run import file_name, model_folder
 from examples.study.study import STUDY, parser_of
 from st_llm_embed.evaluation import evaluate_compressed
 from st_llm_embed.evaluation.compressed_encoder import bytes_of
-from st_llm_embed.files import write_json, written_beside
+from st_llm_embed.files import read_json, write_json, written_beside
 
 DIMS, PRECISIONS = (384, 192, 96), ("float32", "int8", "ubinary")
 PEER = "all-MiniLM-L6-v2"
@@ -71,7 +70,7 @@ def main() -> None:
             figures = evaluate_shorter(folder, tests, longest, arguments.output / "results")
             with written_beside(file) as staged:
                 write_json(staged, figures)
-        rows[name] = json.loads(file.read_text(encoding="utf-8"))
+        rows[name] = read_json(file)
     if arguments.readme:
         insert_table(arguments.readme, "shorter", table(rows))
     print(table(rows))

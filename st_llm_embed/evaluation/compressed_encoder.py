@@ -25,10 +25,11 @@ from mteb.types import PromptType
 from sentence_transformers.util.quantization import quantize_embeddings
 from torch import Tensor
 
+from st_llm_embed.encoding.corpus import PRECISIONS as OF_CORPORA
 from st_llm_embed.evaluation.encoder import PromptedEncoder
 from st_llm_embed.files import write_array, written_beside
 
-PRECISIONS: dict[str, float] = {"float32": 4, "float16": 2, "int8": 1, "binary": 1 / 8, "ubinary": 1 / 8}  # bytes
+PRECISIONS: dict[str, float] = {**dict(OF_CORPORA.items()), "ubinary": OF_CORPORA["binary"]}  # bytes of a number
 RESCORED = 40  # four times the ten documents by which figures are named
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import mteb
 import numpy as np
-from mteb.abstasks import AbsTask
+from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.results import TaskResult
 from sentence_transformers.sentence_transformer.modules import Normalize
 
@@ -116,7 +116,7 @@ def evaluate_compressed(
     read_through(chosen)
     root, commit = find_model(source, revision)
     own_ranges = root / RANGES if (root / RANGES).is_file() else None
-    if "int8" in precision and own_ranges is None and not any(_has_documents(task) for task in chosen):
+    if "int8" in precision and own_ranges is None and not any(isinstance(task, AbsTaskRetrieval) for task in chosen):
         raise ValueError(
             f"precision='int8' needs each dimension's range in a sample of documents, and none of the tasks has any. "
             f"Add a retrieval task, or put {RANGES} of an evaluation beside the model."
@@ -128,7 +128,8 @@ def evaluate_compressed(
     forms = [Form(width, kind) for kind in dict.fromkeys(precision) for width in dict.fromkeys(dims or (whole.width,))]
     _check_model(encoder, whole, forms)
     name = model_names([source])[0]
-    with tempfile.TemporaryDirectory(dir=_made(Path(output)), prefix=".") as folder:
+    Path(output).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".") as folder:
         kept = KeptEncoder(encoder, Path(folder), SAMPLE)
         first = evaluate_encoder(kept, name, chosen, Path(output), batch_size)
         results = {whole: first.results}
@@ -164,11 +165,6 @@ def check_forms(dims: Sequence[int], precision: Sequence[str]) -> None:
         raise ValueError(f"dims={wrong[0]} must be 1 or more.")
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _whole(encoder: PromptedEncoder) -> Form:
     width = encoder.model.get_embedding_dimension()
     return Form(width or len(encoder.model.encode("a")), "float32")
@@ -183,10 +179,6 @@ def _check_model(encoder: PromptedEncoder, whole: Form, forms: Sequence[Form]) -
             f"The model compares by similarity_fn_name={encoder.model.similarity_fn_name!r}, and vectors that are cut "
             "are compared by 'cosine', for which it was not made."
         )
-
-
-def _has_documents(task: AbsTask) -> bool:
-    return task.metadata.type in ("Retrieval", "Reranking", "InstructionRetrieval")
 
 
 def _ranges(
@@ -207,7 +199,7 @@ def _ranges(
     earlier = folder / RANGES
     if earlier.is_file() and set(widths) <= (found := read_ranges(earlier, space)).keys():
         return found, earlier
-    with_documents = [task for task in tasks if _has_documents(task)]
+    with_documents = [task for task in tasks if isinstance(task, AbsTaskRetrieval)]
     for task in with_documents:
         if task.metadata.name not in kept.sampled:  # its result was there
             mteb.evaluate(kept, task, cache=None, encode_kwargs={"batch_size": batch_size})
