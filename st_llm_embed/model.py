@@ -1,4 +1,5 @@
-"""``build_model``: the one place where backbone, pooling and prompts are joined into a plain SentenceTransformer.
+"""``build_model``: the one place where backbone, pooling and prompts are joined into a plain SentenceTransformer; or,
+by the recipes of several vectors and of sparse ones, into the host's MultiVectorEncoder or SparseEncoder.
 
 A recipe (``recipes.py``) names what its paper fixes; every argument of the backbone and of the pooling can be
 overridden by name.
@@ -8,17 +9,18 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from peft import LoraConfig, TaskType
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Module, Transformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base import BaseModel
+from sentence_transformers.base.modules import Dense, Module, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import is_sentence_transformer_model
 from tokenizers import AddedToken
@@ -26,6 +28,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -34,6 +37,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from st_llm_embed.heads import lm_head_layer
+from st_llm_embed.losses.lm_head import logit_scale
 from st_llm_embed.modules import LLMBackbone
 from st_llm_embed.modules.adapters import check_peft, split_hub_arguments
 from st_llm_embed.modules.attention_mode import check_decoder
@@ -46,6 +51,7 @@ from st_llm_embed.weights.gguf import unpack_gguf
 # peft takes these for the experts' own weights, of whatever module they are.
 EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 KERNEL_NAMES = {"dt_proj", "out_proj"}
+NOT_OVERRIDDEN = {"model_name_or_path", "kwargs", "query_expansion"}
 LENGTHS = ("max_seq_length", "query_length", "document_length")
 # Of peft.LoraConfig, what has the effect that it says, whatever maps are adapted.
 LORA_ARGUMENTS = (
@@ -54,9 +60,27 @@ LORA_ARGUMENTS = (
 )
 
 
+@overload
+def build_model(
+    base: str | Path, recipe: Literal["multi-vector"], *, lora: bool | Mapping[str, Any] = ..., **overrides: Any
+) -> MultiVectorEncoder: ...
+
+
+@overload
+def build_model(
+    base: str | Path, recipe: Literal["sparse"], *, lora: bool | Mapping[str, Any] = ..., **overrides: Any
+) -> SparseEncoder: ...
+
+
+@overload
+def build_model(
+    base: str | Path, recipe: str = ..., *, lora: bool | Mapping[str, Any] = ..., **overrides: Any
+) -> SentenceTransformer: ...
+
+
 def build_model(
     base: str | Path, recipe: str = "nv-embed", *, lora: bool | Mapping[str, Any] = False, **overrides: Any
-) -> SentenceTransformer:
+) -> BaseModel:
     """Make a text-embedding model of a decoder-only LLM.
 
     Args:
@@ -71,11 +95,14 @@ def build_model(
             ...) and of the recipe's pooling module (``num_latents``, ``head_dim``, ...).
 
     Returns:
-        A SentenceTransformer of backbone, pooling and ``Normalize``, untrained where the recipe adds weights.
+        A SentenceTransformer of backbone, pooling and ``Normalize``, untrained where the recipe adds weights. By
+        ``multi-vector`` a MultiVectorEncoder, whose projection is untrained; by ``sparse`` a SparseEncoder with a copy
+        of the LLM's LM head.
 
     Raises:
         ValueError: for an unknown recipe or override, a base that cannot be found, one that is not a decoder-only LLM
-            or is an embedding model already, ``lora=True`` where the recipe has none, or unknown arguments of LoRA.
+            or is an embedding model already, ``lora=True`` where the recipe has none, unknown arguments of LoRA, or,
+            by ``sparse``, an LLM without weights of an LM head.
         ImportError: for ``lora`` where peft is older than the installed transformers takes.
     """
     settings = _read_settings(recipe, lora, overrides)
@@ -84,12 +111,16 @@ def build_model(
     added_ids = _add_tokens(backbone, chosen.added_tokens)
     if added_ids and not backbone.add_eos:  # the recipe pools the last ones, which its prompts end in
         drop_text_end(backbone.tokenizer)
-    pooling = chosen.pooling(backbone.get_embedding_dimension(), **settings.pooling)
-    model = SentenceTransformer(
-        modules=[backbone, pooling, Normalize()],
+    _check_skiplist(backbone.tokenizer, settings.pooling)
+    head = chosen.pooling(backbone.get_embedding_dimension(), **settings.pooling)
+    modules = head if isinstance(head, list) else [head, Normalize()]
+    if chosen.has_lm_head:
+        modules = [_copy_lm_head(base, backbone, settings.backbone), *modules]
+    model = chosen.model(
+        modules=[backbone, *modules],
         prompts=chosen.prompts,
         default_prompt_name=chosen.default_prompt_name,
-        similarity_fn_name="cosine",
+        similarity_fn_name=chosen.similarity,
     )
     if settings.lora is not None:
         add_lora(model, settings.lora, added_ids)
@@ -108,7 +139,7 @@ def _read_settings(recipe: str, lora: bool | Mapping[str, Any], overrides: Mappi
         raise ValueError(f"recipe={recipe!r} is unknown. Valid recipes: {', '.join(RECIPES)}.")
     chosen = RECIPES[recipe]
     lora_settings = None if lora is False else _lora_settings(recipe, lora)
-    backbone_names = (_argument_names(LLMBackbone) | _argument_names(Transformer)) - {"model_name_or_path", "kwargs"}
+    backbone_names = (_argument_names(LLMBackbone) | _argument_names(Transformer)) - NOT_OVERRIDDEN
     pooling_names = _argument_names(chosen.pooling) - {"embedding_dimension"}
     if unknown := sorted(set(overrides) - backbone_names - pooling_names):
         raise ValueError(
@@ -134,6 +165,7 @@ class Outline:
         default_prompt_name: the name of its default prompt.
         add_eos: whether every text ends with EOS.
         width: the width of its embeddings; None where it is not known.
+        model: the class of the model.
         tied: whether its LLM's LM head is tied to the input embeddings, as far as is known.
     """
 
@@ -143,6 +175,7 @@ class Outline:
     default_prompt_name: str | None
     add_eos: bool = False
     width: int | None = None
+    model: type[BaseModel] = SentenceTransformer
     tied: bool = True
 
 
@@ -183,8 +216,11 @@ def outline_model(
     add_eos = settings.backbone.get("add_eos", True)
     set_special_tokens(tokenizer, config.model_type, end=add_eos is True)
     chosen, text_config = RECIPES[recipe], config.get_text_config()
+    _check_skiplist(tokenizer, settings.pooling)
     with torch.device("meta"):
         chosen.pooling(text_config.hidden_size, **settings.pooling)
+    if chosen.has_lm_head and type(config) in AutoModel._model_mapping:
+        _check_lm_head(config)
     if settings.lora is not None:
         check_lora(config, settings.lora)
     tokenizer.add_tokens([AddedToken(token, special=True) for token in chosen.added_tokens])
@@ -196,6 +232,7 @@ def outline_model(
         chosen.default_prompt_name,
         add_eos=bool(add_eos),
         width=text_config.hidden_size,
+        model=chosen.model,
         tied=text_config.tie_word_embeddings,
     )
 
@@ -215,7 +252,47 @@ def check_lora(config: PretrainedConfig, settings: Mapping[str, Any]) -> None:
             _add_to_llm(AutoModel.from_config(config), settings)
 
 
-def add_lora(model: SentenceTransformer, settings: Mapping[str, Any], trained_ids: Sequence[int] = ()) -> None:
+def _check_skiplist(tokenizer: PreTrainedTokenizerBase, pooling: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(pooling.get("skiplist_words", ())) - tokenizer.get_vocab().keys()):
+        raise ValueError(
+            f"skiplist_words={unknown} are no tokens of the tokenizer. Spell them as its vocabulary does, a space "
+            "before a word too: tokenizer.tokenize('a (b)') shows how."
+        )
+
+
+def _check_lm_head(config: PretrainedConfig) -> None:
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"recipe='sparse' weighs the vocabulary by an LM head, and transformers has no {config.model_type!r} "
+            "with one. Take another LLM, or another recipe."
+        )
+
+
+def _copy_lm_head(base: str | Path, backbone: LLMBackbone, arguments: Mapping[str, Any]) -> Dense:
+    """The LLM's LM head as a module after it, a copy even where it is tied to the input embeddings. What scales the
+    logits is in its weights; a softcap, which keeps their order, is left out."""
+    llm = backbone.model
+    scale = logit_scale(llm.config)
+    if llm.config.get_text_config().tie_word_embeddings:
+        return lm_head_layer(scale * llm.get_input_embeddings().weight.detach(), None)
+    _check_lm_head(llm.config)
+    path, kwargs = Path(base), {"trust_remote_code": False, **(arguments.get("model_kwargs") or {})}
+    of_gguf = {"gguf_file": path.name, "dtype": torch.float32} if path.suffix == ".gguf" else {}
+    whole, loaded = AutoModelForCausalLM.from_pretrained(
+        path.parent if of_gguf else base, output_loading_info=True, **{**kwargs, **of_gguf}
+    )
+    head = whole.get_output_embeddings()
+    names = {name for name, module in whole.named_modules() if module is head}
+    if head is None or any(key.rpartition(".")[0] in names for key in loaded["missing_keys"]):
+        raise ValueError(
+            f"base={str(base)!r} holds no weights of an LM head, of which recipe='sparse' makes the weights of the "
+            "vocabulary. Give the causal LLM as it was published, or take another recipe."
+        )
+    bias = None if head.bias is None else scale * head.bias.detach()
+    return lm_head_layer(scale * head.weight.detach(), bias)
+
+
+def add_lora(model: BaseModel, settings: Mapping[str, Any], trained_ids: Sequence[int] = ()) -> None:
     """Add LoRA to a model's LLM: only it is trained, and the modules after the LLM.
 
     Args:
@@ -289,8 +366,8 @@ def _add_tokens(backbone: LLMBackbone, tokens: list[str]) -> list[int]:
     return tokenizer.convert_tokens_to_ids(tokens)
 
 
-def _argument_names(module: type[Module]) -> set[str]:
-    return set(inspect.signature(module.__init__).parameters) - {"self"}
+def _argument_names(module: type[Module] | Callable[..., list[Module]]) -> set[str]:
+    return set(inspect.signature(module).parameters)
 
 
 def _load_backbone(base: str | Path, arguments: dict[str, Any]) -> LLMBackbone:

@@ -1,17 +1,22 @@
 """The named recipes of ``build_model``: what each paper fixes of an embedding model, as data.
 
-A recipe is a pooling module, the default arguments of backbone and pooling, the LoRA of its paper, the prompts that
-the model is saved with, and the tokens that it adds. Another recipe is another entry of ``RECIPES``.
+A recipe is what follows the LLM, a pooling module or a head (``heads.py``), the default arguments of both, the LoRA of
+its paper, the prompts that the model is saved with, and the tokens that it adds. Another recipe is another entry of
+``RECIPES``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base import BaseModel
 from sentence_transformers.base.modules import Module
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from st_llm_embed.heads import token_vectors, vocabulary_weights
 from st_llm_embed.modules import LatentAttentionPooling, PromptTokenPooling
 
 # LLaRA's two prompts (arXiv 2312.15503): the embedding is read off the token after them.
@@ -29,21 +34,28 @@ class Recipe:
     """The parts of one way to make an embedding model.
 
     Args:
-        pooling: the class of the pooling module after the LLM.
+        pooling: the class of the pooling module after the LLM, or the function that makes the modules of a head;
+            either takes the LLM's width first.
         defaults: the default arguments of ``LLMBackbone`` and of the pooling module.
         lora: the arguments of ``peft.LoraConfig``, but for the names of the adapted maps. None where the paper names
             no LoRA.
         prompts: the model's prompts by name.
         default_prompt_name: the name of the prompt that ``encode`` uses unless told otherwise.
         added_tokens: the special tokens that the LLM gets, each with an embedding of its own.
+        model: the class of the model: by what it gives for a text.
+        similarity: the name of the model's similarity function.
+        has_lm_head: whether a copy of the LLM's LM head comes before the pooling.
     """
 
-    pooling: type[Module]
+    pooling: type[Module] | Callable[..., list[Module]]
     defaults: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     added_tokens: list[str] = field(default_factory=list)
+    model: type[BaseModel] = SentenceTransformer
+    similarity: str = "cosine"
+    has_lm_head: bool = False
 
 
 def _llara_prompts(ebae: str, ebar: str) -> dict[str, str]:
@@ -78,4 +90,19 @@ RECIPES = {
     "last-token": Recipe(pooling=Pooling, defaults={"attention": "causal", "pooling_mode": "lasttoken"}),
     # arXiv 2202.08904, SGPT: a causal LLM's later tokens have heard more, and weigh more.
     "weightedmean": Recipe(pooling=Pooling, defaults={"attention": "causal", "pooling_mode": "weightedmean"}),
+    # Late interaction: arXiv 2004.12832. The mean over the query's tokens ranks as the sum does, and stays below 1.
+    "multi-vector": Recipe(
+        pooling=token_vectors,
+        defaults={"attention": "bidirectional"},
+        model=MultiVectorEncoder,
+        similarity="meanmaxsim",
+    ),
+    # SPLADE, arXiv 2109.10086, over the LLM's LM head.
+    "sparse": Recipe(
+        pooling=vocabulary_weights,
+        defaults={"attention": "bidirectional"},
+        model=SparseEncoder,
+        similarity="dot",
+        has_lm_head=True,
+    ),
 }

@@ -11,10 +11,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 from st_llm_embed.hub import fresh_python
+from st_llm_embed.recipes import RECIPES
 
 CORPUS = [
     "Instruct: Given a question, retrieve passages that answer it\nQuery: how do I parse command line arguments?",
@@ -22,6 +24,8 @@ CORPUS = [
     "Return the sum of all numbers in the list. Raise ValueError if it is empty.",
     "A cat sat on the mat, while seven dogs were barking at the moon and the quick brown fox jumped over them.",
 ]
+# The recipes of one dense vector for a text.
+DENSE = [name for name, recipe in RECIPES.items() if recipe.model is SentenceTransformer]
 TEXTS = ["the cat sat", "seven dogs were barking at the moon", "", "日本語 café", "a " * 90]
 
 

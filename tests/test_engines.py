@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import TEXTS, save_llm, train_tokenizer
+from conftest import DENSE, TEXTS, save_llm, train_tokenizer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Normalize, Pooling
@@ -232,7 +232,7 @@ def seal_recipe(folder: Path, name: str, recipe: str, **changes: Any) -> tuple[P
     return folder / "sealed", model
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", DENSE)
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in LLMS])
 def test_every_engine_serves_a_recipe_rightly_or_refuses_it(name, recipe, tmp_path):
     for window in ("full", "keep"):
@@ -244,7 +244,7 @@ def test_every_engine_serves_a_recipe_rightly_or_refuses_it(name, recipe, tmp_pa
             assert serving == ["vLLM", "TEI", "llama.cpp"]
 
 
-@pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.pooling is not Pooling])
+@pytest.mark.parametrize("recipe", [name for name in DENSE if RECIPES[name].pooling is not Pooling])
 def test_plain_transformers_refuses_what_it_would_pool_otherwise(recipe, tmp_path):
     folder, _ = seal_recipe(tmp_path, "llama", recipe)
     with pytest.raises(ValueError, match="llm_backbone|LLMBackboneConfig"):

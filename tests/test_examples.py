@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import save_llm
 from hub_server import hub_server, online
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from test_convert_llara import checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ from st_llm_embed.hub import save_sealed
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = {"encode", "fine_tune", "mine_and_train", "teach", "adapt_on_raw_text", "publish", "convert"}
+SCRIPTS |= {"late_interaction"}
 OF_ENGINES = {"ray_encode", "to_lancedb", "to_qdrant"}  # run by test_encoding_engines.py
 
 
@@ -63,6 +65,20 @@ def test_fine_tune_then_encode(here, capsys):
     runpy.run_path(str(EXAMPLES / "encode.py"))
     said = capsys.readouterr().out
     assert "how do I send a mail?" in said and "argparse" in said
+
+
+def test_late_interaction(here, capsys):
+    pytest.importorskip("qdrant_client")
+    runpy.run_path(str(EXAMPLES / "late_interaction.py"))
+    said = capsys.readouterr().out
+    found = re.findall(r"^  (\d\.\d{3})  (.*)$", said, flags=re.MULTILINE)
+    model = MultiVectorEncoder("late-model")
+    texts = [json.loads(line)["text"] for line in (here / "corpus.jsonl").read_text().splitlines()]
+    scores = model.similarity([model.encode_query("how do I send a mail?")], model.encode_document(texts))[0]
+    assert len(found) == 3 and "20 documents, " in said
+    for (score, text), best in zip(found, scores.sort(descending=True).values, strict=False):
+        assert float(score) == pytest.approx(best.item(), abs=2e-3)
+        assert scores[texts.index(text)].item() == pytest.approx(best.item(), abs=1e-5)
 
 
 def test_mine_and_train(here, capsys):

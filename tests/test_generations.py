@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import TEXTS
+from conftest import DENSE, TEXTS
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -34,7 +34,7 @@ SAMPLE = [
     ("last-token", "adapter"),
 ]
 # Its added tokens need a larger base than the one that its adapter is loaded on.
-REST = [(recipe, form) for recipe in RECIPES for form in FORMS if (recipe, form) not in SAMPLE]
+REST = [(recipe, form) for recipe in DENSE for form in FORMS if (recipe, form) not in SAMPLE]
 STORED = Path(__file__).with_name("stored")
 STRANGER = """
 import sys

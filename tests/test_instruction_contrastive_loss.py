@@ -21,19 +21,23 @@ def draw(columns: int, rows: int = 5) -> list[torch.Tensor]:
     return [torch.randn(rows, 8, dtype=torch.float64, requires_grad=True) for _ in range(columns)]
 
 
-def naive(embeddings, scale, group, label=None, texts=None, margin=None) -> float:
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(F.cosine_similarity(one, other, dim=0))
+
+
+def naive(embeddings, scale, group, label=None, texts=None, margin=None, score_of=cosine) -> float:
     """One number at a time, from the rules in words."""
-    anchors, *documents = [F.normalize(column.detach(), dim=-1) for column in embeddings]
+    anchors, *documents = [column.detach() for column in embeddings]
     count = len(anchors)
     label = label or [NONE] * count
     texts = texts or [[row * 100 + column for column in range(len(embeddings))] for row in range(count)]
     total = 0.0
     for i, anchor in enumerate(anchors):
-        positive = float(anchor @ documents[0][i])
+        positive = score_of(anchor, documents[0][i])
         denominator = 0.0
         for k, column in enumerate(documents):
             for j in range(count):
-                score, text = float(anchor @ column[j]), texts[j][k + 1]
+                score, text = score_of(anchor, column[j]), texts[j][k + 1]
                 if text == NONE:
                     continue
                 if i != j:

@@ -15,7 +15,7 @@ ROOT = Path(st_llm_embed.__file__).parent
 REPOSITORY = ROOT.parent
 # Lower layers first; a file imports from its own layer or a lower one. modules import nothing of ours.
 LAYERS = [
-    {"version", "files", "modules", "tasks", "data"},
+    {"version", "files", "modules", "heads", "tasks", "data"},
     {"trust", "recipes"},
     {"encoding"},
     {"losses", "weights", "mining", "teaching"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import DENSE
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
@@ -17,7 +18,7 @@ from st_llm_embed.training import train_stages
 TEXTS = ["", "a cat", "日本語 🐈 ñandú", "word " * 2000, "a cat"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", DENSE)
 def test_every_recipe_encodes_anything(llm, recipe):
     model = build_model(llm, recipe)
     assert type(model) is SentenceTransformer and model.get_embedding_dimension() == 32
@@ -29,6 +30,21 @@ def test_every_recipe_encodes_anything(llm, recipe):
     np.testing.assert_allclose(model.encode(""), vectors[0], atol=1e-5)
     np.testing.assert_allclose(model.encode(["a cat"])[0], vectors[1], atol=1e-5)
     assert np.isfinite(model.encode_query(TEXTS)).all() and np.isfinite(model.encode_document(TEXTS)).all()
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.keys() - set(DENSE)))
+def test_recipes_of_other_vectors_encode_anything(llm, recipe):
+    """Alone, in a batch, padded on either side: the same rows of a token's or a vocabulary's numbers."""
+    model = build_model(llm, recipe)
+    found = [torch.atleast_2d(one.to_dense()) for one in model.encode(TEXTS)]
+    assert {one.shape[-1] for one in found} == {model.get_embedding_dimension()}
+    assert all(one.isfinite().all() and len(one) for one in found)
+    torch.testing.assert_close(found[1], found[4], atol=1e-5, rtol=0)
+    for side in ("right", "left"):
+        model.tokenizer.padding_side = side
+        for text, one in zip(TEXTS, found, strict=True):
+            torch.testing.assert_close(torch.atleast_2d(model.encode(text).to_dense()), one, atol=1e-4, rtol=0)
+    assert len(model.encode_query(TEXTS)) == len(model.encode_document(TEXTS)) == len(TEXTS)
 
 
 def test_modules_composed_by_hand_are_the_recipe(llm):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, save_llm, train_tokenizer
+from conftest import DENSE, TEXTS, save_llm, train_tokenizer
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Module, Transformer
@@ -75,7 +75,7 @@ def difference_of_graph(model: SentenceTransformer, texts: list[str]) -> float:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("recipe", sorted(DENSE))
 def test_the_graph_is_the_model_for_every_recipe(llm, recipe, side):
     model = build(llm, recipe, processor_kwargs={"padding_side": side})
     assert difference_of_graph(model, texts_of(model, (1, 2, 40))) <= 1e-5
@@ -322,7 +322,7 @@ def test_encoding_needs_neither_torch_nor_transformers(model, exported, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize("recipe", sorted(DENSE))
 @pytest.mark.parametrize("byte_level", [True, False], ids=["byte-level", "metaspace"])
 def test_every_recipe_at_all_lengths_and_batches(tmp_path, recipe, side, byte_level):
     """Lengths 1 to 512, batches 1 to 64, with and without prompts, padded as the model pads and on the other side."""

@@ -17,15 +17,19 @@ import yaml
 from conftest import save_llm
 from hub_server import hub_server, online
 
+from examples.study import shorter
 from examples.study.curve import read_points, table
 from examples.study.report import summarize
+from examples.study.run import file_name
 from st_llm_embed.cli import COMMANDS, main, parser
+from st_llm_embed.files import read_json
 from st_llm_embed.recipes import RECIPES
 from st_llm_embed.training.configuration import Given
 from st_llm_embed.training.keys import json_schema, reference
 from st_llm_embed.training.run_config import read_run
 
 ROOT = Path(__file__).parents[1]
+SHORTER = ("mean, distilled", "mean, distilled, Matryoshka")  # the study's rows in the table of shorter vectors
 README = (ROOT / "README.md").read_text()
 GUIDES = sorted(
     [ROOT / "README.md", *(ROOT / ".github").glob("*.md")]
@@ -186,7 +190,9 @@ def test_the_tables_of_results_are_those_of_the_result_files():
     results = ROOT / "examples" / "study" / "results"
     taught = ["taught", "taught-hour", "taught-long", "taught-longest", "taught-all", "taught-double"]
     assert f"<!-- table: curve -->\n{table(read_points([results / size for size in taught]))}<!-- end -->" in guide
-    for size in ("cpu", "taught", "taught-hour", "taught-long", "taught-all", "cpu-long"):
+    kept = {name: read_json(results / "taught" / "shorter" / f"{file_name(name)}.json") for name in SHORTER}
+    assert f"<!-- table: shorter -->\n{shorter.table(kept)}<!-- end -->" in guide
+    for size in ("cpu", "taught", "taught-hour", "taught-long", "taught-all", "pairs", "cpu-long"):
         folder = results / size
         summary, every = summarize(folder)
         assert f"<!-- table: {size} -->\n{summary}<!-- end -->" in guide

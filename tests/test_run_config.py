@@ -24,6 +24,7 @@ from st_llm_embed.mining import mine_negatives
 from st_llm_embed.recipes import RECIPES
 from st_llm_embed.training import stages, train_stages
 from st_llm_embed.training.plan import describe_run
+from st_llm_embed.trust import load_any
 
 ROWS = [{"anchor": f"how {i}?", "positive": f"so {i}", "negative_1": f"no {i}"} for i in range(8)]
 
@@ -135,6 +136,8 @@ OWN = {
     "mean": ({"include_prompt": False, "window": "keep"}, "Pooling"),
     "last-token": ({"attention": "bidirectional"}, "Pooling"),
     "weightedmean": ({"num_layers": 1}, "Pooling"),
+    "multi-vector": ({"token_dim": 8, "skiplist_words": ["."]}, "Dense"),
+    "sparse": ({"pooling_strategy": "sum"}, "Dense"),
 }
 
 
@@ -143,9 +146,10 @@ def test_each_recipe_with_settings_of_its_own(settings, trainers, recipe):
     assert OWN.keys() == RECIPES.keys()
     own, pooling = OWN[recipe]
     settings["model"] = {"base": "llm", "recipe": recipe, "max_seq_length": 48, **own}
-    model = SentenceTransformer(str(train_stages(settings)), trust_remote_code=True)
+    model = load_any(train_stages(settings))
     assert trainers[-1].state.global_step == 2 and type(model[1]).__name__ == pooling
-    said = {**model[0].get_config_dict(), **model[1].get_config_dict()}
+    said = {key: value for module in model for key, value in module.get_config_dict().items()}
+    said["token_dim"] = model.get_embedding_dimension()
     for name, value in settings["model"].items():
         if name in ("base", "recipe"):
             continue

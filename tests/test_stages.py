@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +26,12 @@ from st_llm_embed.hub import save_sealed
 from st_llm_embed.tasks import Task
 from st_llm_embed.training import train_stages
 from st_llm_embed.training.configuration import Given
+from st_llm_embed.training.plan import describe_run
 from st_llm_embed.training.run_config import RunConfig, Stage, stage_arguments
 from st_llm_embed.training.run_folder import LOCK, last_checkpoint
+from st_llm_embed.training.shared_stages import SharedStages
 from st_llm_embed.training.stage_data import READERS, splitter
+from st_llm_embed.training.stages import prepare_run
 from st_llm_embed.weights.merging import merge_adapter
 
 QUIET = {
@@ -242,6 +247,124 @@ def test_damaged_weights_are_passed_over_and_named(settings, caplog):
         train_stages(settings)
 
 
+@pytest.fixture
+def sharing(settings, tmp_path):
+    """A run of two stages, and what makes another one of it that shares its stages."""
+    settings["stages"] = settings["stages"][1:]
+    for stage in settings["stages"]:
+        stage["arguments"] |= {"max_steps": 1, "save_steps": 1}
+    settings["shared_stages"] = str(tmp_path / "shared")
+    outputs = (str(tmp_path / f"run-{number}") for number in range(2, 9))
+    return settings, lambda **changes: {**copy.deepcopy(settings), "output": next(outputs), **changes}
+
+
+def trained(config: dict) -> list[bool]:
+    """Whether a run has taken a step of each of its stages."""
+    output, stages = Path(config["output"]), config["stages"]
+    return [any((output / f"{n}-{stage['name']}").glob("checkpoint-*")) for n, stage in enumerate(stages, 1)]
+
+
+def test_a_run_takes_the_stages_that_another_began_with(sharing, caplog, tmp_path):
+    settings, other = sharing
+    first = train_stages(settings).parents[1] / "1-retrieval" / "model"
+    kept = sorted(folder.name for folder in (tmp_path / "shared").glob("[!.]*"))
+    assert [name.rpartition("-")[0] for name in kept] == ["blended", "retrieval"]
+    second = other()
+    # What leaves the weights as they are, a default that is said, and another last stage.
+    second["stages"][0]["arguments"] |= {"logging_steps": 3, "save_steps": 7, "max_grad_norm": 1.0}
+    second["stages"][1]["arguments"]["learning_rate"] = 0.0
+    assert f"is taken from another run: {tmp_path / 'shared' / kept[1]}" in describe_run(second)
+    last = train_stages(second)
+    assert trained(second) == [False, True] and any("Stage retrieval is taken from" in m for m in caplog.messages)
+    taken = last.parents[1] / "1-retrieval" / "model"
+    for folder in (taken, last):  # the last stage went on from it, and learned nothing
+        assert weights(folder).keys() == weights(first).keys()
+        for name, tensor in weights(folder).items():
+            torch.testing.assert_close(tensor, weights(first)[name], rtol=0, atol=0)
+    rows = (last / "README.md").read_text().partition("## How it was trained")[2]
+    assert rows.count("| retrieval | 1 | pairs (28 rows) |") == 1 == rows.count("| blended | 2 | pairs (28 rows), ba")
+    # A run that goes on is as ever, and may not begin otherwise.
+    assert train_stages(second) == last
+    with pytest.raises(ValueError, match="stages.retrieval.arguments.max_steps was 1 and is 2. That is done already"):
+        train_stages({**second, "stages": [{**second["stages"][0], "arguments": {"max_steps": 2}}]})
+
+
+def test_what_another_run_began_otherwise_is_not_taken(sharing, tmp_path):
+    """Each beginning has a name of its own, which goes by what the weights go by."""
+    settings, other = sharing
+    settings["stages"] = settings["stages"][:1]
+    settings["data"]["dev"] = {**settings["data"]["pairs"], "source": str(tmp_path / "data" / "dev.jsonl")}
+    shutil.copy(tmp_path / "data" / "pairs.jsonl", tmp_path / "data" / "dev.jsonl")
+
+    def place(config: dict) -> str:
+        return prepare_run(config).shared._place(0).name
+
+    evaluated = {"eval_data": ["dev"], "arguments": {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1}}
+    best = copy.deepcopy(evaluated)
+    best["arguments"] |= {"load_best_model_at_end": True, "save_strategy": "steps"}
+    (stage,) = settings["stages"]
+    changes = [
+        {},
+        {"seed": 1},
+        {"name": "Another"},
+        {"model": {**settings["model"], "num_latents": 3}},
+        {"stages": [{**stage, "arguments": {**stage["arguments"], "learning_rate": 1e-3}}]},
+        {"stages": [{**stage, "loss": {"matryoshka_dims": [32, 8]}}]},
+        {"stages": [{**stage, **evaluated}]},
+        {"stages": [{**stage, **best}]},
+        {"stages": [{**stage, **best, "early_stopping_patience": 2}]},
+        {"stages": [{**stage, **best, "arguments": {**best["arguments"], "save_steps": 2}}]},
+        {"data": {**settings["data"], "pairs": {**settings["data"]["pairs"], "negatives": 1}}},
+    ]
+    configs = [{**settings, **change} for change in changes]
+    before = [place(config) for config in configs]
+    assert len(set(before)) == len(configs)
+    file = tmp_path / "data" / "dev.jsonl"
+    content, state = file.read_text(), file.stat()
+    file.write_text(content.replace("number 1 sat", "number 2 sat"))
+    assert place(configs[0]) == before[0] and place(configs[6]) != before[6]
+    file.write_text(content)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 10**9))
+    assert place(configs[6]) == before[6], "it is the content that counts"
+    # In the file's own folder, paths are relative.
+    settings["data"]["pairs"]["source"] = "data/pairs.jsonl"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert place(tmp_path / "config.yaml") == before[0]
+
+
+def test_only_whole_stages_are_shared_and_only_those_that_are_what_they_say(sharing, caplog, tmp_path, monkeypatch):
+    settings, other = sharing
+    settings["stages"] = settings["stages"][:1]
+    (tmp_path / "shared" / ".retrieval-half").mkdir(parents=True)  # as a killed process leaves one
+    train_stages(settings)
+    (kept,) = (tmp_path / "shared").glob("[!.]*")
+    file = kept / "model" / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for damage in (lambda: file.write_bytes(whole[:1000]), file.unlink):
+        damage()
+        again = other()
+        caplog.clear()
+        train_stages(again)
+        assert trained(again) == [True] and any(f"{kept} is passed over" in message for message in caplog.messages)
+        assert file.read_bytes() == whole, "the new one took its place"
+    # Of two that trained it at the same time, the first one's stays.
+    first = file.stat().st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedStages, "take", lambda self, number: None)
+        model = train_stages(again := other())
+    assert trained(again) == [True] and file.stat().st_ino == first
+    assert {entry.name for entry in (tmp_path / "shared").iterdir()} - {LOCK} == {kept.name, ".retrieval-half"}
+    # What began with other data than the file has now is kept by the run itself only.
+    data = tmp_path / "data" / "pairs.jsonl"
+    data.write_text(data.read_text().replace("number 1 sat", "number 2 sat"))
+    shutil.rmtree(model)
+    caplog.clear()
+    assert train_stages(again) == model and any("is not kept for other runs" in message for message in caplog.messages)
+    assert [*(tmp_path / "shared").glob("[!.]*")] == [kept]
+    with pytest.raises(ValueError, match="shared_stages: .*lies in .*, which is this run's alone. Name a folder"):
+        train_stages({**again, "shared_stages": f"{again['output']}/shared"})
+
+
 def test_documents_without_rows_are_refused_before_anything_is_written(settings):
     settings["data"]["documents"]["split"] = "paragraphs"  # of which each document has one
     with pytest.raises(
@@ -259,7 +382,8 @@ def test_shared_arguments_reach_the_stages_that_they_have_an_effect_on():
 
     def arguments_of(stages: list[Stage], **shared: object) -> list[dict]:
         arguments = {"seed": 1, "report_to": [], **shared}
-        return stage_arguments(RunConfig("run", {}, data, stages, arguments), data, Given({}), {})
+        classes = [SentenceTransformer] * len(stages)
+        return stage_arguments(RunConfig("run", {}, data, stages, arguments), data, Given({}), {}, classes)
 
     always = {"seed": 1, "report_to": []}
     first, second, third = arguments_of(stages, **shared)

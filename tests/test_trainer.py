@@ -379,7 +379,7 @@ def test_class_examples_take_no_text_of_their_class_for_a_negative(llm, tmp_path
                 negatives = negatives + (its_negatives if label_of[other] == label_of[anchor] else [its_positive])
         assert all(label_of[text] != label_of[anchor] for text in negatives)
         against += negatives
-        scores = torch.stack([vector[anchor] @ vector[text] for text in (positive, *negatives)]) / args.temperature
+        scores = torch.stack([vector[anchor] @ vector[text] for text in (positive, *negatives)]) / 0.02
         expected.append((scores.logsumexp(0) - scores[0]).item())
     assert len(against) == 6 * (2 + 2 + 4)
     alone = loss(batch["topics"])
@@ -679,6 +679,8 @@ OF_TASKS = {
     "score_weight": 0.5,
     "soft_label_weight": 0.5,
     "contrastive_weight": 0.5,
+    "query_regularizer_weight": 0.5,
+    "document_regularizer_weight": 0.5,
     "score_temperature": 0.5,
     "soft_label_temperature": 2.0,
 }

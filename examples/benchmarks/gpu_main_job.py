@@ -24,6 +24,7 @@ from st_llm_embed.data import consecutive_texts, sentences
 from st_llm_embed.hub import check, fresh_python, save_sealed
 from st_llm_embed.losses import PretextLoss
 from st_llm_embed.mining.negatives import mine_negatives
+from st_llm_embed.modules.reference import encode
 from st_llm_embed.recipes import RECIPES
 from st_llm_embed.weights.merging import merge_adapter
 
@@ -48,10 +49,11 @@ class Steps:
     def vectors(self, recipe: str) -> str:
         model = self.build(recipe)
         prompts = model.prompts or {"": ""}
-        on_gpu = {name: model.encode(list(TEXTS), prompt=prompt) for name, prompt in prompts.items()}
+        on_gpu = {name: encode(model, TEXTS, name, prompt).cpu() for name, prompt in prompts.items()}
         model.to("cpu")
         apart = max(
-            abs(model.encode(list(TEXTS), prompt=prompts[name]) - vectors).max() for name, vectors in on_gpu.items()
+            float((encode(model, TEXTS, name, prompts[name]) - vectors).abs().max())
+            for name, vectors in on_gpu.items()
         )
         return f"GPU and CPU differ by {apart:.1e} in float32"
 
@@ -117,7 +119,7 @@ def run(recipes: Iterable[str] = RECIPES, compiles: bool = True) -> dict[str, st
         part("sealed adapter, nv-embed", lambda: steps.sealed("nv-embed", adapter=True))
         for dtype in (torch.bfloat16, torch.float16):
             part(f"nv-embed in {dtype}", lambda dtype=dtype: steps.half("nv-embed", dtype))
-        for recipe in ("nv-embed", "llara", "last-token"):
+        for recipe in ("nv-embed", "llara", "last-token", "multi-vector", "sparse"):
             for arguments in ({}, {"bf16": True}, {"gradient_checkpointing": True}, {"mini_batch_size": 4}):
                 part(f"train {recipe} {arguments or ''}", lambda r=recipe, a=arguments: steps.train(r, **a))
         part("train nv-embed, LoRA, bf16", lambda: steps.train("nv-embed", lora=True, bf16=True))

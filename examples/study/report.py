@@ -67,12 +67,19 @@ def cell(values: list[float | None]) -> str:
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
+def common_tests(runs: Runs, row: str, base: str) -> list[str]:
+    """The tests that both rows have in all their seeds."""
+    scores = [*runs[row].values(), *runs[base].values()]
+    return sorted(set.intersection(*map(set, scores)))
+
+
 def difference(runs: Runs, row: str, base: str) -> tuple[float, float, float] | None:
-    """Mean, and the ends of its 95 % interval. None while they have not been run on the same seeds and tests."""
+    """Mean over the tests that both have, and the ends of its 95 % interval. None while they have not been run on the
+    same seeds."""
     seeds = sorted(set(runs[row]) & set(runs.get(base, {})))
-    tests = sorted(runs[base][seeds[0]]) if seeds else []
-    if row == base or not seeds or any(set(tests) - set(runs[row][seed]) for seed in seeds):
+    if row == base or not seeds:
         return None
+    tests = common_tests(runs, row, base)
     gained = np.array([mean(runs[row][seed][test] - runs[base][seed][test] for seed in seeds) for test in tests])
     resampled = np.random.default_rng(0).choice(gained, (RESAMPLES, len(gained))).mean(axis=1)
     low, high = np.percentile(resampled, [2.5, 97.5])
@@ -107,6 +114,8 @@ def table(runs: Runs, groups: Mapping[str, list[str]], bases: Mapping[str, str],
             figures.append(cell([group_mean(scores, names) for scores in found]) if found else "")
         gained = difference(runs, row, bases[row])
         against = f"{gained[0]:+.3f} [{gained[1]:+.3f}, {gained[2]:+.3f}]" if gained else ""
+        if gained and len(tests := common_tests(runs, row, bases[row])) < len(columns[-1]):
+            against += f" over {len(tests)} sets"
         if gained and bases[row] != first:
             against += f" (against {bases[row]})"
         lines.append(f"| {row} | {len(seeds)} | {' | '.join(figures)} | {against} |")

@@ -2,14 +2,13 @@
 
     python -m examples.study.run --data ../shared/data --output study-cpu --size cpu --seeds 0
 
-Each row is a configuration of ``st-llm-embed train``. A row whose figures are there is not run again; a stage that
-another row began with in the same way is taken from there. Several processes may share the work by seed.
+Each row is a configuration of ``st-llm-embed train``. A row whose figures or model are there is not run again, and
+rows that begin with the same stages train those once (``shared_stages``). Several processes may share the work.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import time
@@ -18,8 +17,7 @@ from typing import Any
 
 import mteb
 import torch
-import yaml
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router
 from torch import Tensor
 from transformers import set_seed
@@ -33,10 +31,10 @@ from st_llm_embed.data.sources import load_rows
 from st_llm_embed.evaluation import evaluate, local_task
 from st_llm_embed.evaluation.encoder import PromptedEncoder
 from st_llm_embed.evaluation.evaluate import evaluate_encoder
-from st_llm_embed.files import written_beside
+from st_llm_embed.files import read_json, written_beside
 from st_llm_embed.teaching import align
 from st_llm_embed.training import train_stages
-from st_llm_embed.trust import load_trusted
+from st_llm_embed.trust import load_trusted, model_class
 from st_llm_embed.weights.averaging import average_checkpoints
 
 NOT_MODEL = {"stages", "negatives", "classes", "against", "after", "size", "prompts", "aligned"}
@@ -94,7 +92,7 @@ def configuration(row: str, size: dict[str, Any], folders: tuple[Path, Path], se
     if not of["prompts"]:
         for name in train["retrieval"] + [CLOZE]:
             data[name]["query_prompt"] = ""
-    stages = []
+    stages, sample = [], size.get("sample", 20_000)
     for name in of["stages"]:
         stage = STUDY["stages"][name]
         pretext = stage["data"] == "pretext"
@@ -104,15 +102,16 @@ def configuration(row: str, size: dict[str, Any], folders: tuple[Path, Path], se
         arguments = {**stage.get("arguments", {}), "max_steps": steps}
         if not pretext:
             arguments["sampling_temperature"] = 2.0  # of tasks
-        teach = {"teacher": str(TEACHER), "refit": True, "sample": size.get("sample", 20_000)}
-        taught = {"teach": teach} if stage.get("teach") else {}
+        # Vectors by a projection into the teacher's space; scores need none.
+        fit = {"projection": False} if stage.get("teach") == "scores" else {"refit": True, "sample": sample}
+        taught = {"teach": {"teacher": str(TEACHER), **fit}} if stage.get("teach") else {}
         loss = {"loss": stage["loss"]} if "loss" in stage else {}
         stages.append({"name": name, "data": groups[stage["data"]], "arguments": arguments, **loss, **taught})
     model = {key: value for key, value in of.items() if key not in NOT_MODEL}
     learning_rates = {"embed_tokens": 0.0}  # a few thousand texts cannot teach the LLM words
-    if model["recipe"] == "nv-embed":
-        learning_rates[r"model\.1\."] = 3 * size["learning_rate"]  # the pooling starts from random weights
-    else:
+    if model["recipe"] in ("nv-embed", "multi-vector"):
+        learning_rates[r"model\.1\."] = 3 * size["learning_rate"]  # it starts from random weights
+    if model["recipe"] != "nv-embed":
         model.pop("num_latents")
     return {
         "seed": seed,
@@ -141,46 +140,36 @@ def configuration(row: str, size: dict[str, Any], folders: tuple[Path, Path], se
     }
 
 
-def train(config: dict[str, Any], output: Path, aligned: bool = False) -> Path:
-    """The trained model's folder. What its stages begin with is kept for other rows."""
-    kept = [output / "models" / _key(config, count) for count in range(len(config["stages"]) + 1)]
-    if aligned:
-        kept[-1] = kept[-1].with_name(f"{kept[-1].name}-aligned")
-    if not kept[-1].is_dir() and not config["stages"]:
-        set_seed(config["seed"])
-        with written_beside(kept[-1]) as staged:
-            model = build_model(**config["model"])
-            if aligned:
-                texts = from_texts(config["data"][TEXTS]["source"])
-                teacher = SentenceTransformer(str(TEACHER))
-                model, _ = align(model, teacher, documents=texts, cache_folder=config["vectors"])
-            model.save_pretrained(str(staged))
-    if config["stages"] and config["stages"][0]["name"] == AUTOREGRESSIVE and not kept[1].is_dir():
-        with written_beside(kept[1]) as staged:
-            adapt_autoregressively(config, staged.with_name("scratch")).save_pretrained(str(staged))
-    if not kept[-1].is_dir():
-        run = output / "scratch" / kept[-1].name
-        config = {**config, "output": str(run)}
-        places = [run / f"{number}-{stage['name']}" / "model" for number, stage in enumerate(config["stages"], 1)]
-        if not run.is_dir():  # as a run that was stopped after the stages that are there
-            run.mkdir(parents=True)
-            (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=True), encoding="utf-8")
-        for folder, place in zip(kept[1:], places, strict=True):
-            if folder.is_dir() and not place.is_dir():
-                shutil.copytree(folder, place)
-        train_stages(config)
-        for folder, place in zip(kept[1:], places, strict=True):
-            if not folder.is_dir():
-                with written_beside(folder) as staged:
-                    place.rename(staged)
-        shutil.rmtree(run)
-    return kept[-1]
+def train(config: dict[str, Any], folder: Path, output: Path, aligned: bool = False) -> None:
+    """Write a row's trained model. Rows that begin with the same stages train those once."""
+    run = output / "scratch" / folder.name
+    if [stage["name"] for stage in config["stages"]] in ([], [AUTOREGRESSIVE]):
+        with written_beside(folder) as staged:
+            begin = adapt_autoregressively if config["stages"] else align_untrained if aligned else build
+            begin(config, run).save_pretrained(str(staged))
+    else:
+        trained = train_stages({**config, "output": str(run), "shared_stages": str(output / "stages")})
+        with written_beside(folder) as staged:
+            trained.rename(staged)
+    shutil.rmtree(run, ignore_errors=True)
+
+
+def build(config: dict[str, Any], scratch: Path) -> SentenceTransformer:
+    """The model that a row's training begins with."""
+    set_seed(config["seed"])
+    return build_model(**config["model"])
+
+
+def align_untrained(config: dict[str, Any], scratch: Path) -> SentenceTransformer:
+    """That, with a projection into the teacher's space in closed form."""
+    texts = from_texts(config["data"][TEXTS]["source"])
+    teacher = SentenceTransformer(str(TEACHER))
+    return align(build(config, scratch), teacher, documents=texts, cache_folder=config["vectors"])[0]
 
 
 def adapt_autoregressively(config: dict[str, Any], scratch: Path) -> SentenceTransformer:
-    """The first stage with next-token prediction in place of EBAE and EBAR; the same rows in the same order."""
-    set_seed(config["seed"])
-    model = build_model(**config["model"])
+    """The model after next-token prediction in place of EBAE and EBAR; the same rows in the same order."""
+    model = build(config, scratch)
     set_seed(config["seed"] + 1)
     how = config["data"][config["stages"][0]["data"][0]]
     rows = consecutive_texts(
@@ -194,28 +183,19 @@ def adapt_autoregressively(config: dict[str, Any], scratch: Path) -> SentenceTra
     return model
 
 
-def _key(config: dict[str, Any], stages: int) -> str:
-    """Names what the first stages give: equal beginnings have equal keys."""
-    first = config["stages"][:stages]
-    used = {name: config["data"][name] for stage in first for name in stage["data"]}
-    what = {**config, "stages": first, "data": used}
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def model_folder(name: str, seed: int, arguments: argparse.Namespace) -> Path:
-    """The model of a row, trained if it is not there, or averaged from other rows'."""
-    row, size = STUDY["rows"][name], STUDY["sizes"][arguments.size]
-    if "average" not in row:
-        folders = arguments.data, arguments.output / "data" / "train"
-        config = configuration(name, size, folders, seed)
+    """The model of a row: if it is not there, trained, or averaged from other rows'."""
+    row, size, output = STUDY["rows"][name], STUDY["sizes"][arguments.size], arguments.output
+    folder = output / "models" / f"{file_name(name)}-{seed}"
+    if not folder.is_dir() and "average" in row:
+        base = bundled_llm() if row.get("with_base") else None
+        average_checkpoints([model_folder(of, seed, arguments) for of in row["average"]], folder, base=base)
+    elif not folder.is_dir():
+        config = configuration(name, size, (arguments.data, output / "data" / "train"), seed)
         if "after" in row:
             config["model"] = {"load": str(model_folder(row["after"], seed, arguments))}
-        return train(config, arguments.output, row.get("aligned", False))
-    averaged = arguments.output / "models" / f"{file_name(name)}-{seed}"
-    if not averaged.is_dir():
-        base = bundled_llm() if row.get("with_base") else None
-        average_checkpoints([model_folder(of, seed, arguments) for of in row["average"]], averaged, base=base)
-    return averaged
+        train(config, folder, output, row.get("aligned", False))
+    return folder
 
 
 def asked_of_teacher(folder: Path, longest: int | None, tests: list[Path], output: Path) -> dict[str, float]:
@@ -238,7 +218,9 @@ def file_name(row: str) -> str:
 def is_taught(name: str) -> bool:
     """Whether a row's model is in the teacher's space."""
     row = STUDY["rows"].get(name, {})
-    return row.get("aligned", False) or any(STUDY["stages"][stage].get("teach") for stage in row.get("stages", []))
+    return row.get("aligned", False) or any(
+        STUDY["stages"][stage].get("teach") is True for stage in row.get("stages", [])
+    )
 
 
 def run_row(name: str, seed: int, arguments: argparse.Namespace) -> None:
@@ -247,6 +229,7 @@ def run_row(name: str, seed: int, arguments: argparse.Namespace) -> None:
     if file.is_file():
         return
     start, before, trained = time.perf_counter(), time.process_time(), 0.0
+    of_index: dict[str, int] = {}
     size = STUDY["sizes"][arguments.size]
     sets = STUDY["sets"][size["sets"]]
     tests = [arguments.output / "data" / "test" / test for test in sets["test"]]
@@ -257,15 +240,20 @@ def run_row(name: str, seed: int, arguments: argparse.Namespace) -> None:
         folder, longest = TEACHER, None
         if name != "all-MiniLM-L6-v2":
             folder, longest = model_folder(name, seed, arguments), size.get("test_max_seq_length")
+            if model_class(folder) is MultiVectorEncoder:
+                tests = [test for test in tests if (test / "qrels").is_dir()]
         trained = time.process_time() - before
         # An LLM that is all bf16 costs students of a teacher a part of their unseen retrieval: the projection
         # magnifies what is rounded off.
         dtype = "float32" if "texts" in size else "bfloat16"
         how = {"batch_size": 64, "dtype": dtype, "max_seq_length": longest}
         with torch.autocast(DEVICE, torch.bfloat16, enabled="texts" in size):
-            found = evaluate(folder, tests, arguments.output / "results", **how).results
+            evaluated = evaluate(folder, tests, arguments.output / "results", **how)
+        found = evaluated.results
+        if index := [read_json(counted) for counted in (evaluated.folder / "index").glob("*.json")]:
+            of_index["bytes_a_document"] = round(sum(c["bytes"] for c in index) / sum(c["documents"] for c in index))
     figures = {result.task_name: round(result.get_score(), 5) for result in found}
-    taught = {"processor_seconds": round(trained)}
+    taught = {"processor_seconds": round(trained), **of_index}
     if is_taught(name):
         taught["on_the_teachers_index"] = asked_of_teacher(folder, longest, tests, arguments.output / "results")
     with written_beside(file) as staged:

@@ -27,10 +27,10 @@ def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.files import check_empty
     from st_llm_embed.hub import save_sealed
     from st_llm_embed.hub.teacher import teacher_of
-    from st_llm_embed.trust import load_trusted
+    from st_llm_embed.trust import load_any
     from st_llm_embed.weights import merge_adapter
 
     check_empty(Path(arguments.output).resolve())
-    model = load_trusted(arguments.source, arguments.trust_remote_code)
+    model = load_any(arguments.source, arguments.trust_remote_code)
     merged = merge_adapter(model, arguments.tolerance)
     print(f"Wrote {save_sealed(merged, arguments.output, teacher=teacher_of(Path(arguments.source)))}.")

@@ -31,9 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.hub import publish
     from st_llm_embed.hub.card import state_card
     from st_llm_embed.hub.teacher import teacher_of
-    from st_llm_embed.trust import load_trusted
+    from st_llm_embed.trust import load_any
 
-    model = load_trusted(arguments.folder, arguments.trust_remote_code)
+    model = load_any(arguments.folder, arguments.trust_remote_code)
     state_card(model, arguments.name, arguments.license)
     names = ("adapter", "private", "exist_ok", "create_pr", "revision", "samples")
     options = {name: getattr(arguments, name) for name in names}

@@ -24,10 +24,10 @@ def run(arguments: argparse.Namespace) -> None:
     from st_llm_embed.hub import save_sealed
     from st_llm_embed.hub.card import state_card
     from st_llm_embed.hub.teacher import teacher_of
-    from st_llm_embed.trust import load_trusted
+    from st_llm_embed.trust import load_any
 
     check_empty(Path(arguments.output).resolve())
-    model = load_trusted(arguments.source, arguments.trust_remote_code)
+    model = load_any(arguments.source, arguments.trust_remote_code)
     state_card(model, arguments.name, arguments.license)
     teacher = teacher_of(Path(arguments.source))
     print(f"Wrote {save_sealed(model, arguments.output, samples=arguments.samples, teacher=teacher)}.")

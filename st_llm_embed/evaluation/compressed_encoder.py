@@ -43,7 +43,7 @@ class KeptEncoder(PromptedEncoder):
     """
 
     def __init__(self, encoder: PromptedEncoder, folder: Path, sample: int) -> None:
-        self.model, self.mteb_model_meta = encoder.model, encoder.mteb_model_meta
+        self.model, self.mteb_model_meta, self.index = encoder.model, encoder.mteb_model_meta, encoder.index
         self.folder, self.sample = folder, sample
         self.sampled: dict[str, np.ndarray] = {}
 

@@ -17,6 +17,7 @@ import mteb
 import numpy as np
 from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.results import TaskResult
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 
 from st_llm_embed.encoding.encoder import ModelEncoder
@@ -171,6 +172,11 @@ def _whole(encoder: PromptedEncoder) -> Form:
 
 
 def _check_model(encoder: PromptedEncoder, whole: Form, forms: Sequence[Form]) -> None:
+    if not isinstance(encoder.model, SentenceTransformer):
+        raise ValueError(
+            f"dims and precision are of one dense vector, and the model is a {type(encoder.model).__name__}."
+            " Leave them out: its figures and the bytes of a document are those of evaluate."
+        )
     if wide := [form.width for form in forms if form.width > whole.width]:
         raise ValueError(f"dims={wide[0]} must be from 1 to {whole.width}, the model's dimensions.")
     normalizes = any(isinstance(module, Normalize) for module in encoder.model)

@@ -1,12 +1,14 @@
-"""A SentenceTransformer as mteb calls it, each task under the prompt that the model saved for it.
+"""A model as mteb calls it, each task under the prompt that the model saved for it.
 
 mteb's own wrapper drops saved prompts whose name is not an mteb task's, and a model trained with instructions needs
-one for every task.
+one for every task. Models of several vectors or of sparse ones retrieve by their own similarity; how many bytes their
+documents take is counted on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.types import PromptType
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SparseEncoder
+from sentence_transformers.base import BaseModel
 from torch import Tensor
 
 from st_llm_embed.tasks import (
@@ -42,10 +45,9 @@ class PromptedEncoder(AbsEncoder):
         settings: the settings of the model that the scores depend on; results are kept by them too.
     """
 
-    def __init__(
-        self, model: SentenceTransformer, name: str, revision: str, settings: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, model: BaseModel, name: str, revision: str, settings: Mapping[str, Any] | None = None) -> None:
         self.model = model
+        self.index: dict[str, Counter[str]] = {}  # documents and bytes of their vectors, by task
         self.mteb_model_meta = ModelMeta.create_empty(
             {
                 "name": name,
@@ -97,18 +99,49 @@ class PromptedEncoder(AbsEncoder):
         hf_subset: str,
         prompt_type: PromptType | None = None,
         **kwargs: Any,
-    ) -> np.ndarray:
-        """Embeddings ``(texts, dim)`` of the batches of a data loader. Called by mteb."""
+    ) -> Any:
+        """Embeddings ``(texts, dim)`` of the batches of a data loader; of several vectors a list of ``(tokens, dim)``.
+        Called by mteb."""
         texts = [text for batch in inputs for text in batch["text"]]
         encoders = {PromptType.query: self.model.encode_query, PromptType.document: self.model.encode_document}
         encode = encoders.get(prompt_type, self.model.encode)
-        return encode(texts, prompt=self.prompt(task_metadata, prompt_type), **kwargs)
+        embeddings = encode(texts, prompt=self.prompt(task_metadata, prompt_type), **kwargs)
+        if prompt_type == PromptType.document:
+            counted = {"documents": len(texts), "bytes": bytes_of(embeddings)}
+            self.index.setdefault(task_metadata.name, Counter()).update(counted)
+        if prompt_type is None and isinstance(self.model, SparseEncoder):  # for classifiers and clusters
+            return embeddings.to_dense().cpu().numpy()
+        return embeddings
 
     def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
         return self.model.similarity(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> Tensor:
         return self.model.similarity_pairwise(embeddings1, embeddings2)
+
+
+def bytes_of(embeddings: np.ndarray | Tensor | Sequence[Tensor]) -> int:
+    """The bytes of vectors in float32; of sparse ones, of their weights and of the numbers of their tokens."""
+    if isinstance(embeddings, np.ndarray):
+        return 4 * embeddings.size
+    if isinstance(embeddings, Tensor):
+        return 8 * len(embeddings.coalesce().values()) if embeddings.is_sparse else 4 * embeddings.numel()
+    return sum(map(bytes_of, embeddings))
+
+
+def check_tasks(kind: type[BaseModel], tasks: Iterable[AbsTask]) -> None:
+    """Check that the vectors of a class of models can be evaluated on some tasks.
+
+    Raises:
+        ValueError: for tasks other than retrieval and reranking of a model of several vectors.
+    """
+    if not issubclass(kind, MultiVectorEncoder):
+        return
+    if others := [task.metadata.name for task in tasks if not isinstance(task, AbsTaskRetrieval)]:
+        raise ValueError(
+            f"The tasks {others} compare or classify single vectors, and a MultiVectorEncoder has one for each token. "
+            "Valid: retrieval and reranking."
+        )
 
 
 def _instruction(task: TaskMetadata) -> str | None:

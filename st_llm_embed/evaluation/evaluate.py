@@ -23,15 +23,16 @@ from mteb.abstasks import AbsTask
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from st_llm_embed.encoding.ranges import RANGES
-from st_llm_embed.evaluation.encoder import PromptedEncoder
+from st_llm_embed.evaluation.encoder import PromptedEncoder, check_tasks
 from st_llm_embed.evaluation.local_tasks import LocalTask, local_task
 from st_llm_embed.evaluation.model_names import model_names
 from st_llm_embed.evaluation.query_scores import keep_query_scores, kept_query_scores, measure_of, score_queries
-from st_llm_embed.files import check_writable, hash_files
-from st_llm_embed.trust import fetch, left_by_trainer, load_trusted
+from st_llm_embed.files import check_writable, hash_files, read_json, write_json, written_beside
+from st_llm_embed.trust import fetch, left_by_trainer, load_any
 from st_llm_embed.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -88,8 +89,8 @@ def evaluate(
         FileNotFoundError: for a split that a folder does not have.
         OSError: if ``output`` cannot be written.
         ValueError: for an unknown task, two of one name, a folder in another layout or with something else where text
-            or a judgement is expected, a setting that is none, unknown code in the model, or texts longer than it
-            takes.
+            or a judgement is expected, a setting that is none, unknown code in the model, texts longer than it takes,
+            or tasks other than retrieval of a model of several vectors.
         ConnectionError: for a task whose data are on the Hub, while it cannot be reached.
     """
     check_settings(batch_size, dtype, attn_implementation, device)
@@ -120,6 +121,7 @@ def evaluate_encoder(
         tasks: the tasks, whose names are different.
         by_query: whether results are computed anew whose scores by query are needed and not kept.
     """
+    check_tasks(type(encoder.model), tasks)
     if not any(encoder.model.prompts.values()):
         logger.warning("%s has no prompts saved: all texts are encoded without.", name)
     output.mkdir(parents=True, exist_ok=True)
@@ -150,9 +152,17 @@ def evaluate_encoder(
             predictions = Path(temporary, task.prediction_file_name)
             if measure and predictions.is_file():
                 keep_query_scores(folder, task, score_queries(task, measure, predictions))
-    table = _table(name, results, tasks, encoder)
+        counted = encoder.index.pop(task.metadata.name, None)
+        if counted is not None and not isinstance(encoder.model, SentenceTransformer):
+            with written_beside(_index_file(folder, task)) as staged:
+                write_json(staged, counted)
+    table = _table(name, results, tasks, encoder, folder)
     (folder / "results.md").write_text(table, encoding="utf-8")
     return Evaluated(results, [encoder.main_prompt(task) for task in tasks], table, folder)
+
+
+def _index_file(folder: Path, task: AbsTask) -> Path:
+    return folder / "index" / f"{task.metadata.name}.json"  # not in mteb's folder, of which it takes every file
 
 
 def reseed(task: AbsTask) -> None:
@@ -284,7 +294,7 @@ def load_model(
     max_seq_length: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
-) -> SentenceTransformer:
+) -> BaseModel:
     """Load a folder; its code runs if this package ships it, or if told to.
 
     Raises:
@@ -292,7 +302,7 @@ def load_model(
     """
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     model_kwargs = {key: value for key, value in options.items() if value}
-    model = load_trusted(root, trust_remote_code, device=device, model_kwargs=model_kwargs)
+    model = load_any(root, trust_remote_code, device=device, model_kwargs=model_kwargs)
     if max_seq_length is not None:
         llm = model.transformers_model
         config = None if llm is None else llm.config.get_text_config()
@@ -308,14 +318,17 @@ def check_length(max_seq_length: int, positions: int | None) -> None:
         raise ValueError(f"max_seq_length={max_seq_length} must be {valid}.")
 
 
-def attention_of(model: SentenceTransformer) -> str:
+def attention_of(model: BaseModel) -> str:
     """The attention implementation of a model's transformer; ``none`` of a model without one."""
     llm = model.transformers_model
     return "none" if llm is None else llm.config._attn_implementation
 
 
-def _table(name: str, results: Sequence[TaskResult], tasks: Sequence[AbsTask], encoder: PromptedEncoder) -> str:
-    """The main score of every task, and the mean of each kind of task."""
+def _table(
+    name: str, results: Sequence[TaskResult], tasks: Sequence[AbsTask], encoder: PromptedEncoder, folder: Path
+) -> str:
+    """The main score of every task, and the mean of each kind of task; of vectors without a fixed size, the bytes of a
+    document too."""
     meta = encoder.mteb_model_meta
     settings = meta.experiment_kwargs
     longest = settings["max_seq_length"]
@@ -327,6 +340,9 @@ def _table(name: str, results: Sequence[TaskResult], tasks: Sequence[AbsTask], e
         "| task | kind | figure | score | prompt |",
         "| --- | --- | --- | --- | --- |",
     ]
+    sizes_differ = not isinstance(encoder.model, SentenceTransformer)
+    if sizes_differ:
+        lines[-2:] = [f"{lines[-2]} bytes a document |", f"{lines[-1]} ---: |"]
     scores: dict[str, list[float]] = {}
     for result, task in zip(results, tasks, strict=True):
         score = result.get_score()
@@ -334,6 +350,9 @@ def _table(name: str, results: Sequence[TaskResult], tasks: Sequence[AbsTask], e
         prompt = encoder.main_prompt(task)
         shown = f"`{prompt}`".replace("\n", "\\n").replace("|", "\\|") if prompt else "none"
         cells = [task.metadata.name, task.metadata.type, task.metadata.main_score, f"{score:.4f}", shown]
+        if sizes_differ:
+            counted = read_json(file) if (file := _index_file(folder, task)).is_file() else None
+            cells.append(f"{counted['bytes'] / counted['documents']:,.0f}" if counted else "")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| kind | tasks | mean |", "| --- | --- | --- |"]
     lines += [f"| {kind} | {len(values)} | {sum(values) / len(values):.4f} |" for kind, values in scores.items()]

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from mteb.abstasks import AbsTask
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 
-from st_llm_embed.evaluation.encoder import PromptedEncoder
+from st_llm_embed.evaluation.encoder import PromptedEncoder, check_tasks
 from st_llm_embed.evaluation.evaluate import check_settings, choose_tasks, named_if_offline, reseed
 
 
@@ -49,9 +49,10 @@ class TaskEvaluator(SentenceEvaluator):
         self.primary_metric = self.metrics[0]
 
     def __call__(
-        self, model: SentenceTransformer, output_path: str | None = None, epoch: float = -1, steps: int = -1
+        self, model: BaseModel, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
         """The main score of each task, by ``TASK_FIGURE``. Called by the trainer; nothing is written."""
+        check_tasks(type(model), self.tasks)
         encoder = PromptedEncoder(model, "model", "in training")
         metrics = {}
         with _undisturbed(model):
@@ -75,7 +76,7 @@ def _metric(task: AbsTask) -> str:
 
 
 @contextmanager
-def _undisturbed(model: SentenceTransformer) -> Iterator[None]:
+def _undisturbed(model: BaseModel) -> Iterator[None]:
     """Leave training as it was: its random states, which mteb sets; which modules train; datasets' progress bars."""
     python, numpy, bars_were_off = random.getstate(), np.random.get_state(), are_progress_bars_disabled()
     modes = {module: module.training for module in model.modules()}

@@ -15,6 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from st_llm_embed.evaluation.encoder import PromptedEncoder
 from st_llm_embed.evaluation.evaluate import attention_of, find_model, find_tasks, load_model
+from st_llm_embed.trust import model_class
 
 TEXTS_OF_A_TASK = 32
 TEXT_COLUMNS = ("text", "sentences", "sentence1", "sentence2")  # of mteb's tasks
@@ -57,6 +58,8 @@ def parity(
         ValueError: as ``evaluate`` does.
     """
     root, commit = find_model(source, revision)
+    if (kind := model_class(root)) is not SentenceTransformer:
+        raise ValueError(f"parity compares models of one dense vector for a text, and {source} is a {kind.__name__}.")
 
     def load(dtype: str, attention: str) -> SentenceTransformer:
         return load_model(root, dtype, attention, max_seq_length, device, trust_remote_code)

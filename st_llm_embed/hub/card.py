@@ -11,10 +11,10 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, metadata_load, metadata_save
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
+from sentence_transformers.base import BaseModel
 from sentence_transformers.base.model_card import generate_model_card
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from yaml import YAMLError
@@ -22,13 +22,13 @@ from yaml import YAMLError
 from st_llm_embed.files import written_beside
 from st_llm_embed.hub.engine_keys import engines
 from st_llm_embed.modules.adapters import ADAPTER_CONFIG
+from st_llm_embed.tasks import OF_DOCUMENTS
 from st_llm_embed.weights.export import attention_of
 
 logger = logging.getLogger(__name__)
 HEADING = "## What this is"
 TRAINING = "## How it was trained"
 DETAILS = "## Model Details"
-PLACEHOLDER = "sentence_transformers_model_id"
 NV_EMBED = "by the recipe of [NV-Embed](https://arxiv.org/abs/2405.17428)"
 LLARA = "by the recipe of [LLaRA](https://arxiv.org/abs/2312.15503)"
 POOLED = {
@@ -38,6 +38,25 @@ POOLED = {
 }
 # In the host's list of all training arguments: places and names that are this machine's or its owner's.
 PRIVATE_ARGUMENTS = re.compile(r"^- `(hub_\w+|run_name|project|\w+_dir|resume_from_checkpoint)`: .*\n", re.MULTILINE)
+KINDS = {
+    "SentenceTransformer": "a text-embedding model",
+    "MultiVectorEncoder": "a late-interaction model",
+    "SparseEncoder": "a sparse-embedding model",
+}
+HEADS = {
+    "MultiVectorEncoder": (
+        "for [late interaction](https://arxiv.org/abs/2004.12832)",
+        "none: each token has a vector",
+    ),
+    "SparseEncoder": (
+        "by [SPLADE](https://arxiv.org/abs/2109.10086) over its LM head",
+        "the {pooling_strategy} over the text",
+    ),
+}
+NO_ENGINES = (
+    "| vLLM, TEI, ONNX, llama.cpp | refuse it | they give one dense vector for a text |\n"
+    "| another class of sentence-transformers | no | it converts the model, to one that nobody trained |"
+)
 EXAMPLES = ["How do I parse command line arguments?", "argparse parses command lines.", "A cat sat on the mat."]
 PLAIN = """Without sentence-transformers:
 
@@ -56,7 +75,7 @@ with torch.no_grad():
 ```"""
 
 
-def state_card(model: SentenceTransformer, name: str | None = None, license: str | None = None) -> None:
+def state_card(model: BaseModel, name: str | None = None, license: str | None = None) -> None:
     """Give the model's card a name, its title, and a licence."""
     if name:
         model.model_card_data.model_name = name
@@ -64,7 +83,7 @@ def state_card(model: SentenceTransformer, name: str | None = None, license: str
         model.model_card_data.set_license(license)
 
 
-def inherit_license(model: SentenceTransformer) -> None:
+def inherit_license(model: BaseModel) -> None:
     """Give the model's card the licence that its base's card names, if its own names none."""
     card = model.model_card_data
     base = card.base_model or model.transformers_model.config._name_or_path
@@ -79,7 +98,7 @@ def inherit_license(model: SentenceTransformer) -> None:
         return
 
 
-def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: bool, samples: bool = False) -> None:
+def finish_card(file: Path, model: BaseModel, section: str, has_code: bool, samples: bool = False) -> None:
     """Put this package's part and ``section`` into the host's card, and make the card's own snippet one that loads.
 
     Unless ``samples`` says so, no row of the training data stays in it.
@@ -98,16 +117,18 @@ def finish_card(file: Path, model: SentenceTransformer, section: str, has_code: 
         head = f"{title}{describe(model, has_code, file.parent)}\n\n{training}{stages}" + (
             f"{section.strip()}\n\n" if section else ""
         )
+    kind = type(model).__name__
     if has_code:
-        details = re.sub(r'(SentenceTransformer\("[^"]+")\)', r"\1, trust_remote_code=True)", details)
+        details = re.sub(rf'({kind}\("[^"]+")\)', r"\1, trust_remote_code=True)", details)
     card = model.model_card_data
     stated = {key: value for key in ("language", "license") if (value := getattr(card, key))}
     text = head + heading + details
     if card.model_name:
         text = re.sub(r"^# .*$", lambda _: f"# {card.model_name}", text, count=1, flags=re.MULTILINE)
-    shown = re.search(r'SentenceTransformer\("([^"]+)"', details)  # as the host wrote it
-    for name in {PLACEHOLDER, *(shown.groups() if shown else ())}:
-        text = text.replace(f'"{name}"', f'"{card.model_id or PLACEHOLDER}"')
+    shown = re.search(rf'{kind}\("([^"]+)"', details)  # as the host wrote it
+    placeholder = model._model_card_model_id_placeholder
+    for name in {placeholder, *(shown.groups() if shown else ())}:
+        text = text.replace(f'"{name}"', f'"{card.model_id or placeholder}"')
     file.write_text(PRIVATE_ARGUMENTS.sub("", text if samples else without_samples(text)), encoding="utf-8")
     metadata = metadata_load(file) or {}
     left_out = set() if samples else {"widget"} & metadata.keys()
@@ -156,11 +177,11 @@ def put_section(file: Path, section: str) -> None:
         staged.write_text(f"{head.rstrip()}\n\n{section.strip()}\n\n{details}{rest}", encoding="utf-8")
 
 
-def describe(model: SentenceTransformer, has_code: bool, folder: Path) -> str:
+def describe(model: BaseModel, has_code: bool, folder: Path) -> str:
     """Markdown: what the model is made of, how to call it, under which prompts.
 
     Args:
-        model: a model of backbone, pooling, and perhaps ``Normalize``.
+        model: a model of backbone, and a pooling and perhaps ``Normalize``, or a head.
         has_code: whether its repository holds code of its own.
         folder: the sealed folder.
     """
@@ -170,8 +191,8 @@ def describe(model: SentenceTransformer, has_code: bool, folder: Path) -> str:
     attention = attention_of(model)
     last = model.tokenizer.convert_ids_to_tokens(model.preprocess(["a"])["input_ids"][0].tolist())[-1]
     ends = last in model.tokenizer.all_special_tokens
-    recipe, pooling = _pooling(model[1])
-    name = card.model_id or PLACEHOLDER
+    recipe, pooling = _pooling(model)
+    name = card.model_id or model._model_card_model_id_placeholder
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return template.format(
         base=card.base_model or _public_name(config._name_or_path) or "An LLM",
@@ -183,14 +204,16 @@ def describe(model: SentenceTransformer, has_code: bool, folder: Path) -> str:
         pooling=pooling,
         eos=f"the token `{last}`" if ends else "nothing is added",
         longest=model.max_seq_length,
-        embedding=f"{model.get_embedding_dimension()} dimensions{', length 1' if _normalizes(model) else ''}",
+        embedding=_embedding(model),
+        model_class=type(model).__name__,
+        kind=KINDS[type(model).__name__],
         loads_with="`trust_remote_code=True`, which runs the code in this repository"
         if has_code
         else "sentence-transformers alone, no remote code",
         name=name,
         trust=", trust_remote_code=True" if has_code else "",
         prompts=_prompts(model),
-        engines=_engines(folder, name),
+        engines=_engines(folder, name) if isinstance(model, SentenceTransformer) else NO_ENGINES,
         transformers=_plain_usage(model, name, has_code),
     ).strip()
 
@@ -224,9 +247,22 @@ def _public_name(name: str) -> str:
     return "" if Path(name).is_absolute() or Path(name).exists() else name
 
 
-def _pooling(module: Any) -> tuple[str, str]:
+def _embedding(model: BaseModel) -> str:
+    """What a text gives, in words."""
+    dimensions = f"{model.get_embedding_dimension():,} dimensions"
+    if isinstance(model, SparseEncoder):
+        return f"{dimensions}, the tokens of the vocabulary, nearly all of them 0"
+    length = ", length 1" if _normalizes(model) else ""
+    return f"{dimensions}{length}" if isinstance(model, SentenceTransformer) else f"{dimensions} a token{length}"
+
+
+def _pooling(model: BaseModel) -> tuple[str, str]:
     """The recipe that a pooling belongs to, and the pooling in words. By name: published models bring their own
     class."""
+    if not isinstance(model, SentenceTransformer):
+        recipe, pooling = HEADS[type(model).__name__]
+        return recipe, pooling.format(**model[-1].get_config_dict())
+    module = model[1]
     settings = module.get_config_dict()
     match type(module).__name__:
         case "LatentAttentionPooling":
@@ -241,16 +277,16 @@ def _pooling(module: Any) -> tuple[str, str]:
             return "", words.get(settings.get("pooling_mode"), f"`{module!r}`")
 
 
-def _normalizes(model: SentenceTransformer) -> bool:
+def _normalizes(model: BaseModel) -> bool:
     return any(isinstance(module, Normalize) for module in model)
 
 
-def _prompts(model: SentenceTransformer) -> str:
+def _prompts(model: BaseModel) -> str:
     prompts = {name: prompt for name, prompt in model.prompts.items() if prompt}
     if not prompts:
         return "Texts get no prompt."
     rows = "\n".join(
-        f"| {_code(repr(name)[1:-1])} | {_code(repr(prompt))} | {_called_by(name)} |"
+        f"| {_code(repr(name)[1:-1])} | {_code(repr(prompt))} | {_called_by(model, name)} |"
         for name, prompt in prompts.items()
     )
     return (
@@ -259,10 +295,12 @@ def _prompts(model: SentenceTransformer) -> str:
     )
 
 
-def _called_by(name: str) -> str:
+def _called_by(model: BaseModel, name: str) -> str:
     if name in ("query", "document"):
         return _code(f"model.encode_{name}(texts)")
-    return _code(f"model.encode(texts, prompt_name={json.dumps(name, ensure_ascii=False)})")
+    sides = not isinstance(model, SentenceTransformer)  # by which other lengths and tokens may hold
+    side = f"_{'document' if name.endswith(OF_DOCUMENTS) else 'query'}" if sides else ""
+    return _code(f"model.encode{side}(texts, prompt_name={json.dumps(name, ensure_ascii=False)})")
 
 
 def _code(text: str) -> str:
@@ -272,7 +310,7 @@ def _code(text: str) -> str:
     return f"{fence}{space}{text}{space}{fence}".replace("|", "\\|")
 
 
-def _plain_usage(model: SentenceTransformer, name: str, has_code: bool) -> str:
+def _plain_usage(model: BaseModel, name: str, has_code: bool) -> str:
     """The same embeddings by transformers alone, where config.json and the tokenizer say it all."""
     pooled = POOLED.get(model[1].pooling_mode) if isinstance(model[1], Pooling) else None
     if has_code or pooled is None or getattr(model.transformers_model, "peft_config", None):

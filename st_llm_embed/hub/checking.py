@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 
 from st_llm_embed.files import read_json
 from st_llm_embed.hub import fresh_process
 from st_llm_embed.hub.teacher import REFERENCE, match, name_teacher, teacher_of
 from st_llm_embed.modules import reference
 from st_llm_embed.modules.reference import TEXTS, differing_settings, take_reference
-from st_llm_embed.trust import check_base, check_no_code, check_saved, fetch, load_trusted
+from st_llm_embed.trust import check_base, check_no_code, check_saved, fetch, load_trusted, model_class
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PACKAGE = __name__.partition(".")[0]
@@ -133,7 +133,7 @@ def fresh_python() -> Iterator[FreshPython]:
 
 def check(
     source: str | Path,
-    against: SentenceTransformer | str | Path | None = None,
+    against: BaseModel | str | Path | None = None,
     *,
     trust_remote_code: bool = False,
     device: str = "cpu",
@@ -157,7 +157,7 @@ def check(
         FileNotFoundError: if ``source`` is no model folder, or there is nothing to compare with.
         ValueError: if it does not hold data alone, has unknown code, or a reference of another form.
         RuntimeError: if it does not load, or a component differs by more than 1e-5 (or, in half precision, by its
-            last bit).
+            last bit), of vectors that are longer than 1 by that share of their length.
     """
     root, known = _opened(source, revision, token, trust_remote_code)
     if (teacher := teacher_of(root)) is not None and isinstance(against, str | Path):
@@ -185,7 +185,7 @@ def check(
 def compare(
     root: Path,
     known: bool,
-    against: SentenceTransformer | str | Path | None = None,
+    against: BaseModel | str | Path | None = None,
     *,
     trust_remote_code: bool = False,
     device: str = "cpu",
@@ -199,7 +199,7 @@ def compare(
         against, trust_remote_code, device, token: see ``check``.
     """
     with fresh_python() as python:
-        if isinstance(against, SentenceTransformer):
+        if isinstance(against, BaseModel):
             expected = take_reference(against)
         elif against is not None:
             other, other_known = _opened(against, None, token, trust_remote_code)
@@ -214,7 +214,8 @@ def compare(
         actual = python.take_reference(root, expected["texts"], device, known)
     difference, name = max(_differences(expected, actual))
     # By what is there, and not by what the file that is checked says of itself.
-    tolerance = max(1e-5, torch.finfo(getattr(torch, actual["dtype"])).eps)
+    longest = max(math.hypot(*vector) for vectors in expected["embeddings"].values() for vector in vectors)
+    tolerance = max(1e-5, torch.finfo(getattr(torch, actual["dtype"])).eps) * max(1.0, longest)
     if not difference <= tolerance:
         causes = differing_settings(expected, actual)
         causes |= {"prompts": "others"} if expected["prompts"] != actual["prompts"] else {}
@@ -278,6 +279,7 @@ def _opened(source: str | Path, revision: str | None, token: str | None, trust: 
     """A model's folder, and whether all its code is this package's. An adapter's base is downloaded too."""
     root = fetch(source, revision, token)
     check_saved(root)
+    model_class(root)  # which refuses what is of another kind
     unknown = check_no_code(root, trust)
     check_base(root, trust, token)
     return root, not unknown

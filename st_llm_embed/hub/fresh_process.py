@@ -17,13 +17,18 @@ import sys
 import traceback
 
 import transformers.dynamic_module_utils
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base import BaseModel
 
 
-def load(folder: str, device: str, code: str | None) -> SentenceTransformer:
+def load(folder: str, device: str, code: str | None) -> BaseModel:
     options = {"device": device, "local_files_only": True}
+    with open(os.path.join(folder, "config_sentence_transformers.json"), encoding="utf-8") as file:
+        name = json.load(file).get("model_type")
+    kinds = {kind.__name__: kind for kind in (SentenceTransformer, MultiVectorEncoder, SparseEncoder)}
+    model_class = {**kinds, None: SentenceTransformer, "ColBERT": MultiVectorEncoder}[name]
     if code is None:
-        return SentenceTransformer(folder, trust_remote_code=True, **options)
+        return model_class(folder, trust_remote_code=True, **options)
     sys.path.insert(0, code)
     with open(os.path.join(folder, "modules.json"), encoding="utf-8") as file:
         types = [entry["type"] for entry in json.load(file)]
@@ -34,7 +39,7 @@ def load(folder: str, device: str, code: str | None) -> SentenceTransformer:
             # What is not sealed names the hidden package itself, and is to fail as it does for everybody.
             place = module if "." in module else f"published.{module}"
             classes[name] = getattr(importlib.import_module(place), attribute)
-    return SentenceTransformer._load_with_module_classes(folder, classes, **options)
+    return model_class._load_with_module_classes(folder, classes, **options)
 
 
 def answer(request: dict) -> int:

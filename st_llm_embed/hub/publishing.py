@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 
 from st_llm_embed.encoding.encoder import ModelEncoder
 from st_llm_embed.encoding.manifest import space_of
@@ -50,7 +50,7 @@ NOT_UPLOADED = ("trainer_state.json",)
 
 
 def save_sealed(
-    model: SentenceTransformer,
+    model: BaseModel,
     folder: str | Path,
     card_section: str = "",
     *,
@@ -104,7 +104,7 @@ def save_sealed(
     return target
 
 
-def _runs_code_of_its_llm(model: SentenceTransformer) -> bool:
+def _runs_code_of_its_llm(model: BaseModel) -> bool:
     """Is the LLM, or the tokenizer, of a class that its repository brought?"""
     llm = model.transformers_model
     parts = [model.tokenizer] if llm is None else [llm, llm.config, model.tokenizer]
@@ -119,7 +119,7 @@ def _forget_unused_code(folder: Path) -> None:
 
 
 def publish(
-    model: SentenceTransformer,
+    model: BaseModel,
     repo_id: str,
     *,
     adapter: str | None = None,
@@ -271,7 +271,7 @@ def _check_reachable(base: str) -> None:
         )
 
 
-def _check_weights(model: SentenceTransformer) -> None:
+def _check_weights(model: BaseModel) -> None:
     if empty := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(
             f"{len(empty)} weights, {empty[0]!r} among them, are on the meta device: there is nothing to save. Load "
@@ -284,7 +284,7 @@ def _check_weights(model: SentenceTransformer) -> None:
         )
 
 
-def _check_choice(model: SentenceTransformer, adapter: str | None) -> None:
+def _check_choice(model: BaseModel, adapter: str | None) -> None:
     if adapter is not None and adapter not in ADAPTERS:
         raise ValueError(f"adapter={adapter!r} is unknown. Valid values: {', '.join(ADAPTERS)}.")
     if has_adapter(model) and adapter is None:

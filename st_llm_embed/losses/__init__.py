@@ -2,7 +2,8 @@
 
 from .distillation import DistillationLoss
 from .instruction_contrastive import InstructionContrastiveLoss
+from .late_interaction import LateInteractionLoss
 from .mntp import MNTPLoss
 from .pretext import PretextLoss
 
-__all__ = ["DistillationLoss", "InstructionContrastiveLoss", "MNTPLoss", "PretextLoss"]
+__all__ = ["DistillationLoss", "InstructionContrastiveLoss", "LateInteractionLoss", "MNTPLoss", "PretextLoss"]

@@ -4,8 +4,9 @@
     scores        KL( softmax(t_q·t_d / τ) || softmax(s_q·s_d / τ) )   mean over its queries, d over its documents
     soft labels   KL( softmax(scores / τ') || softmax(s_q·s_d / τ) )   the same, d over the row's own documents
 
-with s the student's vector and t the teacher's, both of length 1. The student matches the teacher's vectors, so its
-own must have their width: by a projection in the model, never in the loss, where it would be lost (arXiv 2602.15547
+with s the student's vector and t the teacher's, both of length 1; s_q·s_d is the contrastive loss's own score, so a
+student of several vectors learns the scores of a teacher of one. The student matches the teacher's vectors, so its own
+must have their width: by a projection in the model, never in the loss, where it would be lost (arXiv 2602.15547
 projects the student too; a trained projection of the teacher collapses). The teacher knows which texts are near, so
 that scores are over all documents of the batch, whosever negatives they are. Of rows with one text only, each text is
 a query and the others are its documents.
@@ -22,13 +23,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from sentence_transformers.util import all_gather, get_rank
 from torch import Tensor, nn
 
 from st_llm_embed.losses.instruction_contrastive import InstructionContrastiveLoss
-from st_llm_embed.losses.length_groups import embed_by_length
 from st_llm_embed.losses.row_labels import NONE, RowLabels
 
 TEACHER_EMBEDDING, SOFT_LABELS = "teacher_embedding", "soft_labels"  # in the features
@@ -63,13 +63,13 @@ class DistillationLoss(CachedLossMixin, nn.Module):
 
     Raises:
         ValueError: for negative weights, all of them 0, temperatures that are not positive, features without
-            ``teacher_embedding`` where it is needed, one of fewer dimensions than the model's, and scores of another
-            number of documents.
+            ``teacher_embedding`` where it is needed, vectors of fewer dimensions than the model's to match, and scores
+            of another number of documents.
     """
 
     def __init__(
         self,
-        model: SentenceTransformer,
+        model: BaseModel,
         contrastive: InstructionContrastiveLoss,
         *,
         distill_weight: float = 1.0,
@@ -120,8 +120,12 @@ class DistillationLoss(CachedLossMixin, nn.Module):
             )
         supervision = Supervision(labels, teacher, soft_labels)
         if self.uses_gradient_cache:
+            columns = self.contrastive.with_sides(columns)
             return self.forward_cached(columns, supervision)  # type: ignore[operator, arg-type]  # handed on as it is
-        return self.compute_loss_from_embeddings(embed_by_length(self.model, columns), supervision)
+        return self.compute_loss_from_embeddings(self.contrastive.embed(columns), supervision)
+
+    def embed_minibatch(self, *args: Any, **kwargs: Any) -> Any:
+        return self.contrastive.embed_minibatch(*args, **kwargs)  # type: ignore[operator]  # of the host's mixin
 
     def calculate_loss(
         self,
@@ -131,7 +135,7 @@ class DistillationLoss(CachedLossMixin, nn.Module):
         with_backward: bool = False,
     ) -> Tensor:
         """The host's gradient cache asks for the loss of mini-batches of embeddings, column by column."""
-        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        loss = self.compute_loss_from_embeddings([self.contrastive.join(column) for column in reps], labels)
         if with_backward:
             loss.backward()
         return loss.detach() if with_backward else loss
@@ -155,20 +159,13 @@ class DistillationLoss(CachedLossMixin, nn.Module):
         rows = RowLabels.unpack(supervision.labels, self.contrastive.in_batch_negatives, embeddings[0])
         parts: dict[str, Tensor] = {}
         if self.needs_teacher:
-            student = torch.stack([F.normalize(column, dim=-1) for column in embeddings], dim=1)
-            teacher = torch.stack(supervision.teacher, dim=1).to(student)  # (batch, columns, teacher's dim)
-            if teacher.shape[2] < student.shape[2]:
-                raise ValueError(
-                    f"The teacher's vectors have {teacher.shape[2]} dimensions and the student's {student.shape[2]}. "
-                    "Give the student a projection into the teacher's space (st_llm_embed.teaching.align)."
-                )
-            present = torch.ones_like(student[:, :, 0], dtype=torch.bool) if rows.texts is None else rows.texts != NONE
+            teacher = torch.stack(supervision.teacher, dim=1).to(wide)  # (batch, columns, teacher's dim)
+            everywhere = torch.ones_like(teacher[:, :, 0], dtype=torch.bool)
+            present = everywhere if rows.texts is None else rows.texts != NONE
             if self.weights["distill_weight"]:
-                target = F.normalize(teacher[:, :, : student.shape[2]], dim=-1)
-                distance = (1 - (student * target).sum(dim=2)).masked_fill(~present, 0)  # (batch, columns)
-                parts["distill"] = self.weights["distill_weight"] * distance.sum() / present.sum().clamp(min=1)
+                parts["distill"] = self.weights["distill_weight"] * self._distance(embeddings, teacher, present)
             if self.weights["score_weight"]:
-                divergence = self._score_divergence(student, F.normalize(teacher, dim=-1), present)
+                divergence = self._score_divergence(embeddings, F.normalize(teacher, dim=-1), present)
                 parts["scores"] = self.weights["score_weight"] * divergence
         if self.weights["soft_label_weight"] and supervision.soft_labels is not None:
             divergence = self._label_divergence(embeddings, supervision.soft_labels.to(wide))
@@ -182,42 +179,53 @@ class DistillationLoss(CachedLossMixin, nn.Module):
             self._parts[name] = self._parts.get(name, 0) + part.detach()
         return torch.stack([embeddings[0].sum() * 0.0, *parts.values()]).sum()
 
-    def _score_divergence(self, student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
+    def _distance(self, embeddings: list[Tensor], teacher: Tensor, present: Tensor) -> Tensor:
+        """The mean over the texts of 1 - cosine with the teacher's vectors."""
+        student = torch.stack([F.normalize(column, dim=-1) for column in embeddings], dim=1)  # (batch, columns, dim)
+        if teacher.shape[2] < student.shape[2]:
+            raise ValueError(
+                f"The teacher's vectors have {teacher.shape[2]} dimensions and the student's {student.shape[2]}. "
+                "Give the student a projection into the teacher's space (st_llm_embed.teaching.align)."
+            )
+        target = F.normalize(teacher[:, :, : student.shape[2]], dim=-1)
+        distance = (1 - (student * target).sum(dim=2)).masked_fill(~present, 0)  # (batch, columns)
+        return distance.sum() / present.sum().clamp(min=1)
+
+    def _score_divergence(self, embeddings: list[Tensor], teacher: Tensor, present: Tensor) -> Tensor:
         """The mean over the queries of this process.
 
         Args:
-            student: ``(batch, columns, dim)``, of length 1.
+            embeddings: the student's embeddings of each column.
             teacher: ``(batch, columns, teacher's dim)``, of length 1.
             present: ``(batch, columns)``, which are texts.
         """
-        local = torch.arange(len(student), device=student.device)
-        first = 1 if student.shape[1] > 1 else 0  # column of documents
-        theirs, taught, there = (part[:, first:].flatten(0, 1) for part in (student, teacher, present))
+        anchor, documents = self.contrastive.prepare(embeddings)
+        local = torch.arange(len(anchor), device=anchor.device)
+        first = 1 if len(embeddings) > 1 else 0  # column of documents
+        taught, there = (part[:, first:].flatten(0, 1) for part in (teacher, present))
         offset = 0  # of this process's rows among the documents
         if self.contrastive.gather_across_devices:
-            offset = get_rank() * len(theirs)
-            theirs, taught, there = all_gather_with_grad(theirs), all_gather(taught), all_gather(there)
-            if theirs.requires_grad:
-                theirs.register_hook(torch.Tensor.contiguous)  # as in the contrastive loss
-        allowed = there.expand(len(student), -1)  # (batch, documents of all rows)
+            offset = get_rank() * len(taught)
+            documents, taught, there = self.contrastive.gather(documents), all_gather(taught), all_gather(there)
+        allowed = there.expand(len(anchor), -1)  # (batch, documents of all rows)
         if not first:  # no text is its own document
             allowed = allowed.clone()
             allowed[local, offset + local] = False
         asked = present[:, 0] & (allowed.sum(dim=1) > 1)  # one document has probability 1 whatever its score
-        found = (student[:, 0] @ theirs.T / self.score_temperature).masked_fill(~allowed, -torch.inf)
+        scores = self.contrastive.score(anchor, documents).flatten(1)
+        found = (scores / self.score_temperature).masked_fill(~allowed, -torch.inf)
         wanted = (teacher[:, 0] @ taught.T / self.score_temperature).masked_fill(~allowed, -torch.inf)
         return mean_divergence(wanted, found, asked)
 
     def _label_divergence(self, embeddings: list[Tensor], soft_labels: Tensor) -> Tensor:
         """The mean over the rows that have scores of two documents or more."""
-        anchor, *others = (F.normalize(column, dim=-1) for column in embeddings)
-        documents = torch.stack(others, dim=1)  # (batch, documents, dim)
+        anchor, documents = self.contrastive.prepare(embeddings)
         if soft_labels.shape != documents.shape[:2]:
             raise ValueError(
                 f"The scores are {tuple(soft_labels.shape)}, and the rows have {tuple(documents.shape[:2])} documents."
             )
         there = ~soft_labels.isnan()
-        found = torch.einsum("bd,bnd->bn", anchor, documents) / self.score_temperature
+        found = self.contrastive.score_own(anchor, documents) / self.score_temperature
         wanted = (soft_labels / self.soft_label_temperature).masked_fill(~there, -torch.inf)
         return mean_divergence(wanted, found.masked_fill(~there, -torch.inf), there.sum(dim=1) > 1)
 

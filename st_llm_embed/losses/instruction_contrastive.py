@@ -1,6 +1,6 @@
 """The contrastive loss of both NV-Embed stages (arXiv 2405.17428, section 4): in-batch negatives on, off, or by row.
 
-    loss = -log( exp(s(a, p) / τ) / Σ_d exp(s(a, d) / τ) ),  s = cosine
+    loss = -log( exp(s(a, p) / τ) / Σ_d exp(s(a, d) / τ) ),  s = cosine; of sparse vectors the dot product
 
 d always runs over the row's own positive and hard negatives. Where in-batch negatives are on (stage 1, retrieval), it
 also runs over the other rows' positives and hard negatives, but for those that are probably no negatives. Where they
@@ -13,11 +13,12 @@ collator knows of the rows.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder
+from sentence_transformers.base import BaseModel
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.sentence_transformer.losses import GlobalOrthogonalRegularizationLoss
 from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
@@ -28,13 +29,14 @@ from st_llm_embed.losses.row_labels import NONE, RowLabels
 
 
 class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
-    """InfoNCE over cosine, each row with its own hard negatives and, where asked, those of its group in the batch.
+    """InfoNCE, each row with its own hard negatives and, where asked, those of its group in the batch.
 
     With in-batch negatives and no guard this is sentence-transformers' ``MultipleNegativesRankingLoss``.
+    ``LateInteractionLoss`` compares texts of several vectors.
 
     Args:
         model: the model to train.
-        scale: the factor on the cosines, 1 / temperature. NV-Embed does not publish its temperature; 0.02 is what its
+        scale: the factor on the scores, 1 / temperature. NV-Embed does not publish its temperature; 0.02 is what its
             sibling recipes use.
         in_batch_negatives: whether other rows' positives and hard negatives count as negatives. Labels of
             ``TaskCollator`` decide it row by row instead.
@@ -46,6 +48,7 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         spread_weight: the weight of the spread-out regulariser (arXiv 1708.06320, as EmbeddingGemma has it, arXiv
             2509.20354): for each column, by how much the mean square of the cosines of this process's rows exceeds
             that of vectors spread evenly, 1 / dim. None: without it.
+        similarity: ``"cosine"``, or ``"dot"`` for the dot products of sparse vectors, whose usual scale is 1.
 
     Inputs:
         +-------------------------------------------------+-----------------------------+
@@ -59,21 +62,32 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         which texts equal to the row's anchor or positive are left out as well.
 
     Raises:
-        ValueError: for fewer than two columns, labels that are no whole numbers, a scale, margin or weight that is not
-            positive, or when a row has no negatives: in-batch negatives are off and there is no column of them.
+        ValueError: for a model of several vectors, fewer than two columns, labels that are no whole numbers, a scale,
+            margin or weight that is not positive, or when a row has no negatives: in-batch negatives are off and there
+            is no column of them.
     """
+
+    takes_several = False  # vectors of a text
 
     def __init__(
         self,
-        model: SentenceTransformer,
+        model: BaseModel,
         scale: float = 50.0,
         in_batch_negatives: bool = True,
         false_negative_margin: float | None = None,
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
         spread_weight: float | None = None,
+        similarity: Literal["cosine", "dot"] = "cosine",
     ) -> None:
         super().__init__()
+        if similarity not in ("cosine", "dot"):
+            raise ValueError(f"similarity={similarity!r} is unknown. Valid values: cosine, dot.")
+        if isinstance(model, MultiVectorEncoder) and not self.takes_several:
+            raise ValueError(
+                f"{type(self).__name__} compares texts of one vector, and a MultiVectorEncoder has several. Use "
+                "LateInteractionLoss(model)."
+            )
         positive = {"scale": scale, "false_negative_margin": false_negative_margin, "spread_weight": spread_weight}
         for name, value in positive.items():
             if value is not None and not value > 0:
@@ -85,18 +99,55 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         self.mini_batch_size = mini_batch_size
         self.gather_across_devices = gather_across_devices
         self.spread_weight = spread_weight
+        self.similarity = similarity
         self.uses_gradient_cache = mini_batch_size is not None
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         if self.uses_gradient_cache:
-            return self.forward_cached(sentence_features, labels)  # type: ignore[operator]  # of the host's mixin
-        return self.compute_loss_from_embeddings(embed_by_length(self.model, sentence_features), labels)
+            features = self.with_sides(sentence_features)
+            return self.forward_cached(features, labels)  # type: ignore[operator]  # of the host's mixin
+        return self.compute_loss_from_embeddings(self.embed(sentence_features), labels)
+
+    def with_sides(self, columns: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The columns of a batch, each with what the model must know of its side."""
+        return list(columns)
+
+    def embed(self, columns: Iterable[dict[str, Any]]) -> list[Tensor]:
+        """The embeddings of each column, ``(batch, ...)``."""
+        return embed_by_length(self.model, columns)
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The embeddings of a column's mini-batches as one."""
+        return torch.cat(parts)
+
+    def prepare(self, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What is compared: the anchors ``(batch, dim)``, and each row's documents ``(batch, documents, dim)``. Of one
+        column, each text is its own document."""
+        if self.similarity == "cosine":
+            embeddings = [F.normalize(column, dim=-1) for column in embeddings]
+        return embeddings[0], torch.stack(embeddings[1:] or embeddings, dim=1)
+
+    def score(self, anchor: Tensor, documents: Tensor) -> Tensor:
+        """``(batch, rows, documents)``: the score of each anchor with each document of all rows."""
+        return torch.einsum("bd,rnd->brn", anchor, documents)
+
+    def score_own(self, anchor: Tensor, documents: Tensor) -> Tensor:
+        """``(batch, documents)``: the score of each anchor with the documents of its own row."""
+        return torch.einsum("bd,bnd->bn", anchor, documents)
+
+    def gather(self, documents: Tensor) -> Tensor:
+        """The documents of all processes, ``(rows of all, documents, ...)``."""
+        documents = all_gather_with_grad(documents)
+        if documents.requires_grad:
+            # NOTE: the gather's backward pass takes memory as it lies, and einsum's gradients lie otherwise.
+            documents.register_hook(torch.Tensor.contiguous)
+        return documents
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """The host's gradient cache asks for the loss of mini-batches of embeddings, column by column."""
-        loss = self.compute_loss_from_embeddings([torch.cat(column) for column in reps], labels)
+        loss = self.compute_loss_from_embeddings([self.join(column) for column in reps], labels)
         if with_backward:
             loss.backward()
         return loss.detach() if with_backward else loss
@@ -116,9 +167,8 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         """The contrastive loss alone; rows without a positive, which are there to be taught, do not count."""
         if len(embeddings) < 2:
             raise ValueError(f"The loss takes the columns anchor, positive, ...; got {len(embeddings)}.")
-        anchor, *others = (F.normalize(column, dim=-1) for column in embeddings)
-        documents = torch.stack(others, dim=1)  # (batch, 1 + negatives, dim)
-        scores = torch.einsum("bd,bnd->bn", anchor, documents)  # of the row's own, the positive first
+        anchor, documents = self.prepare(embeddings)
+        scores = self.score_own(anchor, documents)  # (batch, 1 + negatives), the positive first
         if rows.texts is not None:
             scores = scores.masked_fill(rows.texts[:, 1:] == NONE, -torch.inf)
         # Asked of all processes alike: where one gathers, all must.
@@ -149,13 +199,10 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
         group, label, texts = rows.group, rows.label, rows.texts
         if self.gather_across_devices:
             places = local + get_rank() * len(anchor)
-            documents = all_gather_with_grad(documents)
-            if documents.requires_grad:
-                # NOTE: the gather's backward pass takes memory as it lies, and einsum's gradients lie otherwise.
-                documents.register_hook(torch.Tensor.contiguous)
+            documents = self.gather(documents)
             group, label = all_gather(group), all_gather(label)
             texts = None if texts is None else all_gather(texts)
-        scores = torch.einsum("bd,rnd->brn", anchor, documents)  # (batch, rows, 1 + negatives)
+        scores = self.score(anchor, documents)  # (batch, rows, 1 + negatives)
         allowed = (rows.group.unsqueeze(1) == group) & (rows.group.unsqueeze(1) != NONE)  # (batch, rows)
         allowed[local, places] = False
         # A positive of the same class is no negative here, and a hard negative of another class may be a positive.
@@ -178,6 +225,7 @@ class InstructionContrastiveLoss(CachedLossMixin, nn.Module):
             "mini_batch_size": self.mini_batch_size,
             "gather_across_devices": self.gather_across_devices,
             "spread_weight": self.spread_weight,
+            "similarity": self.similarity,
         }
 
     @property

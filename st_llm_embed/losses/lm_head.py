@@ -8,14 +8,17 @@ In: the backbone, and the LM head where that is not tied to the input embeddings
 
 from __future__ import annotations
 
-from sentence_transformers import SentenceTransformer
+from typing import Any
+
+from sentence_transformers.base import BaseModel
+from sentence_transformers.base.modules import Dense
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from st_llm_embed.modules import LLMBackbone
 
 
-def backbone_of(model: SentenceTransformer, lm_head: nn.Linear | None, loss: str) -> LLMBackbone:
+def backbone_of(model: BaseModel, lm_head: nn.Linear | None, loss: str) -> LLMBackbone:
     """The backbone of a model whose LM head a loss can have.
 
     Args:
@@ -40,6 +43,38 @@ def backbone_of(model: SentenceTransformer, lm_head: nn.Linear | None, loss: str
             "loss: {lm_head: base}."
         )
     return backbone
+
+
+class LastStates:
+    """The LLM's last hidden states out of a pass through the whole model, whatever a head makes of them after it.
+
+    Through the whole model, as a DDP wrapper synchronises gradients in its forward only.
+
+    Args:
+        model: the model, whose first module is the backbone.
+    """
+
+    def __init__(self, model: BaseModel) -> None:
+        heads = [module for module in model if isinstance(module, Dense)]
+        self.changed = any(head.module_output_name == "token_embeddings" for head in heads)
+        self.backbone = model[0]
+
+    def __call__(self, model: nn.Module, features: dict[str, Any]) -> Tensor:
+        """``(batch, seq, dim)``.
+
+        Args:
+            model: the model, or what a trainer has wrapped around it.
+            features: see the backbone's ``forward``.
+        """
+        if not self.changed:
+            return model(features)["token_embeddings"]
+        kept: list[Tensor] = []
+        hook = self.backbone.register_forward_hook(lambda module, given, out: kept.append(out["token_embeddings"]))
+        try:
+            model(features)
+        finally:
+            hook.remove()
+        return kept[0]
 
 
 def vocabulary_projection(llm: PreTrainedModel, lm_head: nn.Linear | None) -> tuple[Tensor, Tensor | None]:

@@ -18,11 +18,11 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from torch import Tensor, nn
 
 from st_llm_embed.losses.chunked_cross_entropy import ChunkedCrossEntropy
-from st_llm_embed.losses.lm_head import backbone_of, logit_scale, logit_softcap, vocabulary_projection
+from st_llm_embed.losses.lm_head import LastStates, backbone_of, logit_scale, logit_softcap, vocabulary_projection
 from st_llm_embed.losses.token_masking import MASKINGS, MaskedTokens, mask_id_of, mask_tokens
 
 
@@ -62,7 +62,7 @@ class MNTPLoss(nn.Module):
 
     def __init__(
         self,
-        model: SentenceTransformer,
+        model: BaseModel,
         mask_share: float = 0.2,
         masking: Literal["bert", "all"] = "bert",
         mask_token: str | None = None,
@@ -92,6 +92,7 @@ class MNTPLoss(nn.Module):
         self.words = torch.tensor(sorted(words)) if masking == "bert" else None
         self.scale, self.softcap = logit_scale(backbone.config), logit_softcap(backbone.config)
         # In a tuple, so that the weights are not registered twice.
+        self.last_states = LastStates(model)
         self._llm = (backbone.model,)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -103,8 +104,7 @@ class MNTPLoss(nn.Module):
             )
         (features,) = columns
         masked = self.mask(features)
-        # Through the whole model, not its backbone alone: a DDP wrapper synchronises gradients in its forward only.
-        states = self.model({**features, "input_ids": masked.input_ids})["token_embeddings"]  # (batch, seq, dim)
+        states = self.last_states(self.model, {**features, "input_ids": masked.input_ids})  # (batch, seq, dim)
         return self.compute_loss_from_embeddings(states, features["input_ids"], masked.chosen)
 
     def mask(self, features: dict[str, Tensor]) -> MaskedTokens:

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from torch import Tensor, nn
 
 from st_llm_embed.losses.chunked_cross_entropy import ChunkedCrossEntropy
 from st_llm_embed.losses.joint_prompts import JointPrompts, check_llm, join_prompts
-from st_llm_embed.losses.lm_head import backbone_of, vocabulary_projection
+from st_llm_embed.losses.lm_head import LastStates, backbone_of, vocabulary_projection
 from st_llm_embed.losses.pretext_prompts import read_prompts
 from st_llm_embed.recipes import EBAE_PROMPT, EBAR_PROMPT
 
@@ -69,7 +69,7 @@ class PretextLoss(nn.Module):
 
     def __init__(
         self,
-        model: SentenceTransformer,
+        model: BaseModel,
         self_prompt: str = EBAE_PROMPT,
         next_prompt: str = EBAR_PROMPT,
         num_tokens: int = 1,
@@ -98,6 +98,7 @@ class PretextLoss(nn.Module):
         )
         self.prefix, self.text_start, self.end_ids, self.self_ids, self.next_ids = prompts
         # In a tuple, so that the weights are not registered twice.
+        self.last_states = LastStates(model)
         self._llm = (backbone.model,)
 
     def forward(
@@ -112,8 +113,7 @@ class PretextLoss(nn.Module):
         text_ids, next_ids, *target_ids = (_token_rows(features) for features in columns)
         starts = self._text_starts(columns[0], text_ids)
         joint = self.join_prompts(text_ids, columns[0]["input_ids"].device)
-        # Through the whole model, not its backbone alone: a DDP wrapper synchronises gradients in its forward only.
-        hidden = self.model(joint.features)["token_embeddings"]  # (batch, seq, dim)
+        hidden = self.last_states(self.model, joint.features)  # (batch, seq, dim)
         rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(1)
         parts = self.compute_loss_from_embeddings(
             [hidden[rows, joint.self_positions], hidden[rows, joint.next_positions]],

@@ -83,8 +83,8 @@ class LLMBackbone(AdapterTransformer):
 
     Raises:
         ValueError: for an unknown mode, a model that is not a decoder-only LLM or cannot take the mode, a tokenizer
-            without EOS or without character offsets, ``num_layers`` outside 1..depth or not to be had of this LLM, or
-            a backend other than torch.
+            without EOS or without character offsets, ``num_layers`` outside 1..depth or not to be had of this LLM, a
+            backend other than torch, or ``query_expansion``.
     """
 
     config_keys = [
@@ -122,6 +122,11 @@ class LLMBackbone(AdapterTransformer):
             raise ValueError(
                 f"An LLMBackbone runs on backend='torch', not on {backend!r}. For ONNX Runtime and OpenVINO, export "
                 "the whole model as one ONNX graph (export_onnx, where the model was made) and run that."
+            )
+        if kwargs.get("query_expansion") is not None:
+            raise ValueError(
+                f"query_expansion={kwargs['query_expansion']!r}: an LLMBackbone adds no tokens to queries, as an LLM "
+                "has none that it learned to fill in. Leave it out."
             )
         for loader in ("model_kwargs", "processor_kwargs", "config_kwargs"):
             # By default transformers asks on standard input.

@@ -3,7 +3,8 @@
 A host library that changes a default changes every vector, and says nothing. So a published model carries
 ``reference.json``: embeddings of a few texts under each of its prompts, the token ids of the first, whether its first
 token hears the last, its dtype and attention implementation, and the versions of the libraries. Everything can be
-compared on request; at each loading one short text is.
+compared on request; at each loading one short text is. Of a text of several vectors, or of one weight for each token
+of the vocabulary, a digest is kept, which every component changes.
 
 Saving a model again leaves the file behind, so it never describes weights that were trained on.
 """
@@ -12,31 +13,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import sentence_transformers
 import tokenizers
 import torch
 import transformers
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base import BaseModel
 from torch import Tensor
+from torch.nn.functional import pad
 
 # The first has what normalisers change (case, an accent, two spaces, a compatibility character), and is short.
 TEXTS = ("Café  №1", "How do I parse command line arguments?", "日本語 🐈 word " * 200)
+DIGEST = 256  # components of a digest of the vocabulary's weights
 LONGEST = 1_000  # characters of the text that is compared at each loading
 ROUNDING, HALF_ROUNDING = 1e-3, 5e-2  # of the largest component, over devices and kernels
 
 
-def take_reference(model: SentenceTransformer, texts: Sequence[str] = TEXTS) -> dict[str, Any]:
+def take_reference(model: BaseModel, texts: Sequence[str] = TEXTS) -> dict[str, Any]:
     """Embeddings of ``texts`` under each of the model's prompts (without one, if it has none), and what they depend
     on."""
     texts, prompts = list(texts), {name: prompt or "" for name, prompt in model.prompts.items()} or {"document": ""}
-    with model.truncate_embeddings(None), whole_float32():
-        embeddings = {
-            name: model.encode(texts, prompt=prompt, show_progress_bar=False, convert_to_tensor=True).tolist()
-            for name, prompt in prompts.items()
-        }
+    whole = model.truncate_embeddings(None) if isinstance(model, SentenceTransformer) else nullcontext()
+    with whole, whole_float32():
+        embeddings = {name: encode(model, texts, name, prompt).tolist() for name, prompt in prompts.items()}
     return {
         "texts": texts,
         "prompts": prompts,
@@ -47,6 +49,29 @@ def take_reference(model: SentenceTransformer, texts: Sequence[str] = TEXTS) -> 
             for name, vectors in embeddings.items()
         },
     }
+
+
+def encode(model: BaseModel, texts: Sequence[str], name: str, prompt: str) -> Tensor:
+    """``(texts, dim)``: the embeddings under a prompt of some name, or a digest of each."""
+    how: dict[str, Any] = {"prompt": prompt, "show_progress_bar": False}
+    if isinstance(model, MultiVectorEncoder):
+        return torch.stack([digest(vectors) for vectors in model.encode(list(texts), task=_side(name), **how)])
+    vectors = model.encode(list(texts), convert_to_tensor=True, **how)
+    return torch.stack([digest(row.to_dense()) for row in vectors]) if isinstance(model, SparseEncoder) else vectors
+
+
+def _side(name: str) -> str:
+    """Whose lengths and tokens hold under a prompt: a query's or a document's."""
+    return "document" if name.endswith("document") else "query"
+
+
+def digest(embedding: Tensor) -> Tensor:
+    """One vector in place of a text's ``(tokens, dim)`` or ``(vocabulary,)``, of the vectors' width or of ``DIGEST``:
+    a sum whose signs and weights differ from row to row."""
+    if embedding.ndim == 1:
+        embedding = pad(embedding, (0, -len(embedding) % DIGEST)).view(-1, DIGEST)
+    rows = torch.arange(len(embedding), device=embedding.device).cos().unsqueeze(1)  # (rows, 1)
+    return (rows * embedding.float()).sum(dim=0) / max(len(embedding), 1) ** 0.5
 
 
 @contextmanager
@@ -63,7 +88,7 @@ def whole_float32() -> Iterator[None]:
         setattr(matmul, name, before)
 
 
-def warn_if_changed(model: SentenceTransformer, stored: dict[str, Any], dtype_chosen: bool) -> None:
+def warn_if_changed(model: BaseModel, stored: dict[str, Any], dtype_chosen: bool) -> None:
     """Compare the first text's tokens under all prompts, and its embedding under the shortest; warn, naming what
     differs.
 
@@ -83,7 +108,7 @@ def warn_if_changed(model: SentenceTransformer, stored: dict[str, Any], dtype_ch
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        embedding = _embed(model, text, prompts[shortest])["sentence_embedding"][0].float().cpu()
+        embedding = _first(model, _embed(model, text, prompts[shortest], shortest)).float().cpu()
         difference = float((embedding - expected).abs().max() / expected.abs().max())
         exact = {torch.float32, torch.float64}.issuperset((getattr(torch, stored["dtype"]), model.dtype))
         differs = not difference <= (ROUNDING if exact else HALF_ROUNDING)
@@ -134,7 +159,7 @@ def differing_settings(stored: dict[str, Any], now: dict[str, Any]) -> dict[str,
     return changed
 
 
-def _settings(model: SentenceTransformer, text: str, prompts: dict[str, str]) -> dict[str, Any]:
+def _settings(model: BaseModel, text: str, prompts: dict[str, str]) -> dict[str, Any]:
     def token_ids(prompt: str) -> list[int]:
         return model.preprocess([text], prompt=prompt or None)["input_ids"][0].tolist()
 
@@ -153,16 +178,26 @@ def _settings(model: SentenceTransformer, text: str, prompts: dict[str, str]) ->
 
 
 @torch.no_grad()
-def _embed(model: SentenceTransformer, text: str, prompt: str = "", other_token: bool = False) -> dict[str, Any]:
-    """The model's outputs for one text; with another token in the place next to its last."""
-    features = model.preprocess([text], prompt=prompt or None)
+def _embed(model: BaseModel, text: str, prompt: str = "", name: str = "", other_token: bool = False) -> dict[str, Any]:
+    """The model's outputs for one text under a prompt of some name; with another token in the place next to its
+    last."""
+    side = {"task": _side(name)} if isinstance(model, MultiVectorEncoder) else {}
+    features = model.preprocess([text], prompt=prompt or None, **side)
     features = {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in features.items()}
     if other_token:
         features["input_ids"][0, -2] = features["input_ids"][0, -3]
-    return model(features)
+    return model(features, **side)
 
 
-def _hears_the_end(model: SentenceTransformer, text: str) -> bool:
+def _first(model: BaseModel, outputs: dict[str, Any]) -> Tensor:
+    """The embedding of the first text, or its digest."""
+    if isinstance(model, MultiVectorEncoder):
+        return digest(outputs["token_embeddings"][0][outputs["attention_mask"][0].bool()])
+    vector = outputs["sentence_embedding"][0]
+    return digest(vector) if isinstance(model, SparseEncoder) else vector
+
+
+def _hears_the_end(model: BaseModel, text: str) -> bool:
     """Does the first token move with a later one?"""
     first, other = (
         _embed(model, text, other_token=other)["token_embeddings"][0, 0].float() for other in (False, True)

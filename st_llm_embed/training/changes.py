@@ -6,6 +6,7 @@ stage was trained with, and what the weights and the optimizer of one that is un
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -108,7 +109,7 @@ def _flat(config: RunConfig) -> dict[tuple[str, ...], Any]:
     for stage in config.stages:
         place, model = ("stages", stage.name), config.model_of(stage)
         flat |= _said((*place, "arguments"), {**config.arguments, **stage.arguments}, ARGUMENTS)
-        flat |= _said((*place, "model"), model, MODELS["load" if "load" in model else model.get("recipe", "nv-embed")])
+        flat |= _said((*place, "model"), model, model_kind(model))
         flat |= _said((*place, "loss"), stage.loss, LOSS)
         flat |= _said((*place, "teach"), asdict(stage.teach), TEACH) if stage.teach else {}
         flat |= {(*place, key): getattr(stage, key) for key in ("data", *EVALUATION)}
@@ -116,12 +117,23 @@ def _flat(config: RunConfig) -> dict[tuple[str, ...], Any]:
 
 
 def _said(place: tuple[str, ...], settings: Mapping[str, Any], kind: type[Part]) -> dict[tuple[str, ...], Any]:
-    """The settings of a part that are not at their defaults, a path in one spelling, without tokens."""
+    """What settings say, by path, a path of a file in one spelling."""
+    return {
+        (*place, key): str(Path(value).resolve()) if isinstance(value, str) and os.path.exists(value) else value
+        for key, value in said(settings, kind).items()
+    }
+
+
+def said(settings: Mapping[str, Any], kind: type[Part]) -> dict[str, Any]:
+    """The settings of a part that are not at their defaults, without tokens."""
     fields = kind.model_fields
     return {
-        (*place, key): str(Path(value).resolve())
-        if isinstance(value, str) and Path(value).exists()
-        else without_tokens(value)
+        key: without_tokens(value)
         for key, value in settings.items()
         if key not in TOKENS and (key not in fields or value != fields[key].default)
     }
+
+
+def model_kind(model: Mapping[str, Any]) -> type[Part]:
+    """The part that a model's settings are of."""
+    return MODELS["load" if "load" in model else model.get("recipe", "nv-embed")]

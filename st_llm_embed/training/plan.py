@@ -39,6 +39,10 @@ def describe_run(config: str | Path | Mapping[str, Any], assignments: Mapping[st
         if folder in done:
             lines.append(f"  is finished: {folder / 'model'}")
             continue
+        if run.config.shared_stages is not None and (found := run.shared.find(number)) is not None:
+            lines.append(f"  is taken from another run: {found}")
+            model = None
+            continue
         lines += [f"  {line}" for line in _mining(run, [*stage.data, *stage.eval_data])]
         if model is None or run.config.differs(number):
             model = None

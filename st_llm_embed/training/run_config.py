@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from datasets import IterableDataset
 from peft import LoraConfig
 from pydantic import BeforeValidator, Field, StrictBool, StrictStr
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 
@@ -33,7 +35,9 @@ EBAE_EBAR, MNTP = "ebae-ebar", "mntp"
 FROM_1 = {"ge": 1}
 SHARE = {"ge": 0, "le": 1}
 LIMITS = {
-    **dict.fromkeys((*LENGTHS, "num_layers", "num_latents", "num_heads", "head_dim", "num_tokens", "r"), FROM_1),
+    **dict.fromkeys((*LENGTHS, "token_dim", "chunk_size"), FROM_1),
+    **dict.fromkeys(("query_regularizer_weight", "document_regularizer_weight"), {"ge": 0}),
+    **dict.fromkeys(("num_layers", "num_latents", "num_heads", "head_dim", "num_tokens", "r"), FROM_1),
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), FROM_1
     ),
@@ -237,6 +241,8 @@ class RunConfig:
         evaluate: the evaluation of the last stage's model.
         vectors: the folder that keeps teachers' vectors, of mining and of teaching, which other runs may share.
             Default: ``output/vectors``.
+        shared_stages: the folder that keeps the models of finished stages: a run takes from there those that another
+            run began with in the same way, and adds its own. Default: none.
     """
 
     output: str | Path
@@ -249,6 +255,7 @@ class RunConfig:
     seal: bool | dict[str, Any] = False
     evaluate: Evaluation | None = None
     vectors: str | Path | None = None
+    shared_stages: str | Path | None = None
 
     def projects(self, number: int) -> bool:
         """Whether a stage begins with a new projection into its teacher's space."""
@@ -264,6 +271,11 @@ class RunConfig:
     def model_of(self, stage: Stage) -> dict[str, Any]:
         """The model's settings in a stage."""
         return {**self.model, **stage.model}
+
+    @property
+    def model_class(self) -> type[BaseModel]:
+        """The class of the models of a recipe; of one that is loaded, its folder says it."""
+        return SentenceTransformer if "load" in self.model else RECIPES[self.model.get("recipe", "nv-embed")].model
 
     def differs(self, number: int) -> bool:
         """Whether a stage's model is made otherwise than that of the stage before."""
@@ -284,7 +296,10 @@ FILES = {name: PathText | dict[str, Any] for name in ("accelerator_config", "dee
 ARGUMENTS = part("arguments", fields_of(LLMEmbedTrainingArguments, without=NOT_OF_RUNS, limits=LIMITS, kinds=FILES))
 LORA = part("lora", fields_of(LoraConfig, only=LORA_ARGUMENTS, needed=(), limits=LIMITS))
 LORA_OR_NOT = StrictBool | LORA
-NOT_OF_TEXT = ("model_name_or_path", "backend", "transformer_task", "modality_config", "module_output_name")
+NOT_OF_TEXT = (
+    *("model_name_or_path", "backend", "transformer_task", "modality_config", "module_output_name"),
+    "query_expansion",
+)
 BACKBONE = {
     **fields_of(build_model, kinds={"base": PathText, "lora": LORA_OR_NOT}),
     **fields_of(LLMBackbone, without=NOT_OF_TEXT, limits=LIMITS),
@@ -395,6 +410,7 @@ RUN = part(
         kinds={
             "output": NewPath,
             "vectors": NewPath,
+            "shared_stages": NewPath,
             "model": MODEL,
             "data": dict[Name, DATA],  # type: ignore[valid-type]
             "stages": Annotated[list[STAGE], Field(min_length=1)],  # type: ignore[valid-type]
@@ -561,7 +577,11 @@ def _check_loss(stage: Stage, pretext: bool) -> None:
 
 
 def stage_arguments(
-    config: RunConfig, data: Mapping[str, Any], given: Given, evaluators: Mapping[str, TaskEvaluator]
+    config: RunConfig,
+    data: Mapping[str, Any],
+    given: Given,
+    evaluators: Mapping[str, TaskEvaluator],
+    classes: Sequence[type[BaseModel]],
 ) -> list[dict[str, Any]]:
     """The training arguments of each stage: its own, and those of the configuration that are not for others only.
 
@@ -570,6 +590,7 @@ def stage_arguments(
         data: each data set, as ``read_data`` gives it.
         given: the configuration as it was given, for messages.
         evaluators: what evaluates a stage's ``eval_tasks``, by the stage's name.
+        classes: the class of each stage's model.
 
     Raises:
         ValueError: naming the stage whose arguments cannot be, or have no effect.
@@ -594,7 +615,7 @@ def stage_arguments(
         with given.naming("stages", number):
             args = LLMEmbedTrainingArguments("unused", **arguments)
             idle.append(
-                args.idle(stage_tasks, False, config.stages[number].teach is not None)
+                args.idle(stage_tasks, False, config.stages[number].teach is not None, classes[number])
                 | ({} if evaluates else dict.fromkeys(OF_EVALUATION, NOT_EVALUATED))
             )
     for number, (stage, arguments) in enumerate(zip(config.stages, merged, strict=True)):
@@ -602,9 +623,10 @@ def stage_arguments(
             if not all(name in others for others in idle):
                 del arguments[name]
         with given.naming("stages", number):
-            _check_arguments(
-                stage, arguments, config.arguments, idle[number], tasks[number], data, metrics[stage.name]
+            LLMEmbedTrainingArguments("unused", **arguments).check_effect(
+                tasks[number], False, stage.teach is not None, classes[number]
             )
+            _check_arguments(stage, arguments, config.arguments, idle[number], data, metrics[stage.name])
     return merged
 
 
@@ -621,12 +643,10 @@ def _check_arguments(
     arguments: Mapping[str, Any],
     shared: Mapping[str, Any],
     idle: Mapping[str, str],
-    tasks: list[Task] | None,
     data: Mapping[str, Any],
     metrics: list[str],
 ) -> None:
     args = LLMEmbedTrainingArguments("unused", **arguments)
-    args.check_effect(tasks, False, stage.teach is not None)
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ValueError(f"max_steps={args.max_steps}, num_train_epochs={args.num_train_epochs:g} train nothing.")
     steps_of_all = arguments.get("max_steps", -1) > 0 and "max_steps" not in stage.arguments

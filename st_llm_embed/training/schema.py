@@ -155,6 +155,20 @@ def fields_of(
     return fields
 
 
+def path_keys(kind: type[Part]) -> list[str]:
+    """The keys of a mapping whose values are paths, or may hold some."""
+    return [key for key, field in kind.model_fields.items() if _holds_paths(field.rebuild_annotation())]
+
+
+def _holds_paths(kind: Any) -> bool:
+    if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Part):
+        return bool(path_keys(kind))
+    marks = getattr(kind, "__metadata__", ())
+    return any(isinstance(mark, BeforeValidator) and mark.func is _path for mark in marks) or any(
+        map(_holds_paths, get_args(kind))
+    )
+
+
 def declared(function: Callable[..., Any]) -> dict[str, Any]:
     """The arguments of a function or class that can be given by name, and the types that they are declared with."""
     owner = function.__init__ if inspect.isclass(function) and not is_dataclass(function) else function

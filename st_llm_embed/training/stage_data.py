@@ -79,9 +79,7 @@ def read_data(
     columns = arguments.pop("columns", None) or {}
     if columns and "source" in arguments:
         arguments["source"] = load_rows(arguments["source"], columns=columns)
-    if settings["read"] == load_dataset.__name__ and arguments["path"] in OF_FILES:
-        places = {key: _beside(folder, arguments[key]) for key in ("data_files", "data_dir") if arguments.get(key)}
-        arguments |= places
+    arguments |= files_beside(folder, settings)
     rows = READERS[settings["read"]](**arguments)
     if not isinstance(rows, Dataset | IterableDataset):
         raise ValueError(f"It is read as {', '.join(rows)}. Name one of them: split: {next(iter(rows))}.")
@@ -134,6 +132,13 @@ def read_pretext(
         stop_words=stop_words,
         keep_last=keep_last,
     )
+
+
+def files_beside(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The files that ``load_dataset`` reads for a data set, as seen from ``folder``; of other builders none."""
+    if settings["read"] != load_dataset.__name__ or settings["path"] not in OF_FILES:
+        return {}
+    return {key: _beside(folder, settings[key]) for key in ("data_files", "data_dir") if settings.get(key)}
 
 
 def _beside(folder: Path, files: Any) -> Any:

@@ -15,7 +15,8 @@
 Every key is in ``run_config.RunConfig``. Each stage leaves ``output/NUMBER-NAME/model``; what is mined for it lies in
 ``output/mined``, what teachers give in ``output/vectors``, and at the end, where asked for, the sealed model in
 ``output/sealed`` and its figures in ``output/results``. A run that was killed is started again with the same
-configuration: finished stages are kept, and the one in between goes on from its last checkpoint.
+configuration: finished stages are kept, and the one in between goes on from its last checkpoint. Stages that another
+run trained as this one would are taken from ``shared_stages``.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from accelerate import PartialState
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerModelCardData
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from torch import nn
@@ -63,12 +66,13 @@ from st_llm_embed.training.run_folder import (
     lock_of,
     without_tokens,
 )
+from st_llm_embed.training.shared_stages import SharedStages, beginnings
 from st_llm_embed.training.stage_data import read_data
 from st_llm_embed.training.start import begin, check_stage, outline_stage, unprojected
 from st_llm_embed.training.taught_data import StageTeacher, StandIn, check_teachers, projection_of, without_vectors
 from st_llm_embed.training.trainer import LLMEmbedTrainer
 from st_llm_embed.training.training_args import OF_TASKS, LLMEmbedTrainingArguments
-from st_llm_embed.trust import fetch, load_trusted
+from st_llm_embed.trust import fetch, load_any
 from st_llm_embed.weights.merging import has_adapter, merge_adapter
 
 if TYPE_CHECKING:
@@ -104,6 +108,7 @@ def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[st
     """
     run = prepare_run(config, assignments)
     model, rehearsing, previous = None, None, None
+    ready = 0  # the stage that the model is to begin
     for number, folder in enumerate(run.folders):
         if (folder / "model").is_dir():
             check_whole(folder / "model")
@@ -114,7 +119,7 @@ def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[st
             goes_on = previous == run.before(number)
             rehearsing = begin(run.config, number, previous if goes_on else None, run.widths)
             check_room(run.output, size_of(rehearsing))
-            model = rehearsing if goes_on else None
+            model, ready = rehearsing if goes_on else None, number
         if run.config.projects(number):
             rehearsing = unprojected(rehearsing, run.widths[number])
         with rehearsed(number, rehearsing, run):
@@ -125,9 +130,15 @@ def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[st
         if _is_first_process()
         else nullcontext()
     ):
-        previous, card_rows = None, []
+        previous = None
         for number, (stage, folder) in enumerate(zip(run.config.stages, run.folders, strict=True)):
-            clear_unfinished(folder)
+            if _is_first_process():
+                clear_unfinished(folder)
+            if run.config.shared_stages is not None:
+                if _is_first_process():
+                    run.shared.take(number)
+                if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                    PartialState(cpu=bool(run.arguments[number].get("use_cpu"))).wait_for_everyone()
             if not (folder / "model").is_dir():
                 for name in (*stage.data, *stage.eval_data):
                     run.mine(name)
@@ -144,6 +155,8 @@ def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[st
                     model = teacher.begin(model, taught, fits=checkpoint is None)
                 elif (projection := projection_of(model)) is not None:
                     projection.requires_grad_(True)  # of the stage before
+                if run.config.shared_stages is not None and checkpoint is None and _is_first_process():
+                    run.shared.note(number)
                 set_seed(run.config.seed + number + 1)  # adapters' dropout and masks, and nothing else, depend on it
                 args = LLMEmbedTrainingArguments(str(folder), **run.arguments[number])
                 trainer = _trainer(stage, model, run, args, taught)
@@ -152,22 +165,22 @@ def train_stages(config: str | Path | Mapping[str, Any], assignments: Mapping[st
                 trainer.train(resume_from_checkpoint=checkpoint)
                 if teacher and taught:
                     teacher.end(model, taught)
-                card_rows.append(_card_row(stage, run))
                 with trainer.whole_model() as whole:
                     if trainer.is_world_process_zero():
                         with written_beside(folder / "model") as staged:
                             whole.save_pretrained(str(staged))
                             if teacher and (space := teacher.space()):
                                 write_json(staged / TEACHER_FILE, space._asdict())
-                            record_training(staged / "README.md", card_rows, run.earlier_card)
+                            before = run.earlier_card if previous is None else previous / "README.md"
+                            record_training(staged / "README.md", [_card_row(stage, run)], before)
                 trainer.accelerator.wait_for_everyone()
+                ready = number + 1
                 if trainer.is_fsdp_enabled:
                     model = None  # it stays in shards, and the next stage shards anew
-            else:
-                for name in stage.data:
-                    if (run.output / "mined" / name).is_dir():
-                        run.mine(name)
-                card_rows.append(_card_row(stage, run))
+            elif number >= ready:
+                model = None  # the stage was taken from another run, and the next goes on from it
+            if run.config.shared_stages is not None and _is_first_process():
+                run.shared.keep(number)
             previous = folder / "model"
         del model
         return _finish(run) if _is_first_process() else run.last
@@ -206,7 +219,7 @@ def _sealed(run: Run, model: Path, trusts: bool) -> Path:
             return sealed
         shutil.rmtree(sealed)
     clear_unfinished(run.output)
-    trained = load_trusted(model, trusts)
+    trained = load_any(model, trusts)
     if settings.get("merge") and has_adapter(trained):
         trained = merge_adapter(trained)
     state_card(trained, run.config.name, settings.get("license"))
@@ -304,6 +317,13 @@ class Run:
             self.data[name] = (mined, task)
 
     @cached_property
+    def shared(self) -> SharedStages:
+        """The finished stages of this run and others."""
+        assert self.config.shared_stages is not None  # as its callers have seen
+        begun = beginnings(self.config, self.arguments, self.given.folder)
+        return SharedStages(Path(self.config.shared_stages), begun, self.folders)
+
+    @cached_property
     def earlier_card(self) -> Path | None:
         """The card of the model that the run was begun from."""
         load = self.config.model.get("load")
@@ -344,6 +364,10 @@ def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str
             outlines.append(outline_stage(settings, stage))
     data: dict[str, Any] = {}
     mines: dict[str, Dataset] = {}
+    by_stage = {
+        stage.name: settings.model_class if outline is None else outline.model
+        for stage, outline in zip(settings.stages, outlines, strict=True)
+    }
     for name, data_settings in settings.data.items():
         users = [stage for stage in settings.stages if name in (*stage.data, *stage.eval_data)]
         if not users:
@@ -353,6 +377,12 @@ def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str
             data[name] = read_data(name, data_settings, given.folder)
             if mining := data_settings.get("mine"):
                 rows, task = data[name]
+                for who in (mining["teacher"], mining.get("judge")):
+                    if (kind := by_stage.get(who or "", SentenceTransformer)) is not SentenceTransformer:
+                        raise ValueError(
+                            f"has the stage {who!r} in its mine, whose model is a {kind.__name__}. Negatives are "
+                            "mined and judged by models of one dense vector for a text."
+                        )
                 check_mining(rows, mining, [stage.name for stage in settings.stages])
                 mines[name] = rows
                 data[name] = stand_in(rows, mining), task
@@ -361,9 +391,12 @@ def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str
         if stage.eval_tasks:
             with given.naming("stages", number):
                 from st_llm_embed.evaluation import TaskEvaluator
+                from st_llm_embed.evaluation.encoder import check_tasks
 
                 evaluators[stage.name] = TaskEvaluator(stage.eval_tasks, split=stage.eval_split)
-    arguments = stage_arguments(settings, data, given, evaluators)
+                check_tasks(by_stage[stage.name], evaluators[stage.name].tasks)
+    classes = list(by_stage.values())
+    arguments = stage_arguments(settings, data, given, evaluators, classes)
     widths = check_teachers(settings, data, outlines, given)
     text = yaml.safe_dump(without_tokens(given.values), sort_keys=True)
     run = Run(settings, given, text, data, mines, evaluators, arguments, widths)
@@ -375,19 +408,33 @@ def prepare_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str
             check_stage(stage, outline, tasks)
         # What shards a model knows no other than an LLM, and what stands for one takes fast tokenizers alone.
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 and outline.tokenizer.is_fast:
-            small = SentenceTransformer(modules=[StaticEmbedding(outline.tokenizer, embedding_dim=8)])
+            small = outline.model(modules=[StaticEmbedding(outline.tokenizer, embedding_dim=8)])
             with rehearsed(number, small, run, nn.Identity()):
                 pass
     if settings.vectors is not None:
         with given.naming("vectors"):
             check_writable(Path(settings.vectors))
+    if settings.shared_stages is not None:
+        with given.naming("shared_stages"):
+            shared = Path(settings.shared_stages)
+            if shared.resolve().is_relative_to(output.resolve()):
+                raise ValueError(f"{shared} lies in {output}, which is this run's alone. Name a folder beside it.")
+            check_writable(shared)
     if settings.evaluate is not None:
         with given.naming("evaluate"):
             from st_llm_embed.evaluation.compression import check_forms
+            from st_llm_embed.evaluation.encoder import check_tasks
             from st_llm_embed.evaluation.evaluate import choose_tasks, read_through
 
             check_forms(settings.evaluate.dims, settings.evaluate.precision or ["float32"])
-            read_through(choose_tasks(settings.evaluate.tasks, settings.evaluate.split))
+            if (settings.evaluate.dims or settings.evaluate.precision) and classes[-1] is not SentenceTransformer:
+                raise ValueError(
+                    f"has dims or precision, of dense vectors, and the model is a {classes[-1].__name__}. Leave them "
+                    "out."
+                )
+            chosen = choose_tasks(settings.evaluate.tasks, settings.evaluate.split)
+            check_tasks(classes[-1], chosen)
+            read_through(chosen)
     return run
 
 
@@ -397,7 +444,7 @@ def _is_first_process() -> bool:
 
 def _trainer(
     stage: Stage,
-    model: SentenceTransformer,
+    model: BaseModel,
     run: Run,
     args: LLMEmbedTrainingArguments,
     teacher: Teaching | None,
@@ -444,9 +491,7 @@ def _trainer(
 
 
 @contextmanager
-def rehearsed(
-    number: int, model: SentenceTransformer, run: Run, loss: nn.Module | None = None
-) -> Iterator[LLMEmbedTrainer]:
+def rehearsed(number: int, model: BaseModel, run: Run, loss: nn.Module | None = None) -> Iterator[LLMEmbedTrainer]:
     """What a stage will be trained with, which trains nothing: whatever refuses its settings does so now.
 
     Args:
@@ -460,7 +505,7 @@ def rehearsed(
     """
     stand_in = copy.copy(model)  # of the same modules; a trainer changes the prompts and the card
     stand_in.prompts = dict(model.prompts)
-    stand_in.model_card_data = SentenceTransformerModelCardData()
+    stand_in.model_card_data = model.model_card_data_class()
     stand_in.model_card_data.register_model(stand_in)
     with run.given.naming("stages", number), tempfile.TemporaryDirectory() as scratch:
         arguments = dict(run.arguments[number])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from st_llm_embed.files import read_json
@@ -26,12 +27,12 @@ from st_llm_embed.teaching.alignment import unfitted, with_projection, without_l
 from st_llm_embed.training.configuration import Given
 from st_llm_embed.training.run_config import OF_PRETEXT, RunConfig, Stage, read_run
 from st_llm_embed.training.stage_data import PRETEXT, task_of
-from st_llm_embed.trust import check_base, check_no_code, fetch, load_trusted, loading
+from st_llm_embed.trust import check_base, check_no_code, fetch, load_any, loading, model_class
 from st_llm_embed.weights.merging import has_adapter, merge_adapter
 from st_llm_embed.weights.saved import load_saved
 
 
-def begin(config: RunConfig, number: int, previous: Path | None, widths: Sequence[int]) -> SentenceTransformer:
+def begin(config: RunConfig, number: int, previous: Path | None, widths: Sequence[int]) -> BaseModel:
     """The model that a stage trains.
 
     Args:
@@ -61,7 +62,7 @@ def begin(config: RunConfig, number: int, previous: Path | None, widths: Sequenc
     return model
 
 
-def begin_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str, Any]) -> SentenceTransformer:
+def begin_run(config: str | Path | Mapping[str, Any], assignments: Mapping[str, Any]) -> BaseModel:
     """The model that a run begins with, under the prompts of all its tasks: to compare the trained one with.
 
     Args:
@@ -89,8 +90,8 @@ def unprojected(model: SentenceTransformer, width: int) -> SentenceTransformer:
     return with_projection(pooled, unfitted(pooled.get_embedding_dimension(), width))
 
 
-def _load(settings: Mapping[str, Any]) -> SentenceTransformer:
-    model = load_trusted(
+def _load(settings: Mapping[str, Any]) -> BaseModel:
+    model = load_any(
         fetch(settings["load"], settings.get("revision")),
         settings.get("trust_remote_code", False),
         model_kwargs=settings.get("model_kwargs") or {},
@@ -105,8 +106,8 @@ def _load(settings: Mapping[str, Any]) -> SentenceTransformer:
 
 
 def _with_lora(
-    model: SentenceTransformer, lora: bool | Mapping[str, Any] | None, recipe: str | None, is_untouched: bool
-) -> SentenceTransformer:
+    model: BaseModel, lora: bool | Mapping[str, Any] | None, recipe: str | None, is_untouched: bool
+) -> BaseModel:
     """A model with this LoRA in place of the one that it has; None leaves it as it is.
 
     Args:
@@ -138,7 +139,7 @@ def _with_lora(
     return model
 
 
-def _added_ids(model: SentenceTransformer, recipe: str | None) -> list[int]:
+def _added_ids(model: BaseModel, recipe: str | None) -> list[int]:
     return model.tokenizer.convert_tokens_to_ids(RECIPES[recipe].added_tokens) if recipe else []
 
 
@@ -184,7 +185,8 @@ def _outline_loaded(settings: Mapping[str, Any]) -> Outline | None:
         for file in (root / "config_sentence_transformers.json", first / "sentence_bert_config.json")
     )
     lengths = {name: settings.get(name, saved.get(name)) for name in LENGTHS}
-    return Outline(tokenizer, lengths, whole.get("prompts") or {}, whole.get("default_prompt_name"))
+    prompts = whole.get("prompts") or {}
+    return Outline(tokenizer, lengths, prompts, whole.get("default_prompt_name"), model=model_class(root))
 
 
 def check_stage(stage: Stage, outline: Outline, tasks: Sequence[Task]) -> None:
@@ -207,6 +209,10 @@ def check_stage(stage: Stage, outline: Outline, tasks: Sequence[Task]) -> None:
         if not outline.tied and "lm_head" not in stage.loss:
             raise ValueError("the LLM does not tie its LM head to its input embeddings. Say loss: {lm_head: base}.")
         return
+    if outline.model is not SentenceTransformer and "matryoshka_dims" in stage.loss:
+        raise ValueError(
+            f"has matryoshka_dims, and a {outline.model.__name__} has no vector that could be cut short. Leave it out."
+        )
     widest = max(stage.loss.get("matryoshka_dims", [0]))
     if outline.width is not None and widest > outline.width:
         raise ValueError(f"has matryoshka_dims of {widest}, and the model's vectors {outline.width} dimensions.")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from sentence_transformers.base.modules import Transformer
 from torch import nn
 
@@ -134,8 +134,9 @@ class TaskPlan:
             raise ValueError(
                 f"{type(loss).__name__} does not read which rows are each other's negatives, which texts are missing "
                 "and which classes there are, as tasks= demand. Fix: InstructionContrastiveLoss(model), which is "
-                "MultipleNegativesRankingLoss where in-batch negatives are on, alone or inside a loss such as "
-                "MatryoshkaLoss; or train without tasks=, with prompts= in the arguments."
+                "MultipleNegativesRankingLoss where in-batch negatives are on, or of several vectors "
+                "LateInteractionLoss(model), alone or inside a loss such as MatryoshkaLoss; or train without tasks=, "
+                "with prompts= in the arguments."
             )
         if self.groups[name] != NONE and not inner.in_batch_negatives:
             raise ValueError(
@@ -143,13 +144,11 @@ class TaskPlan:
                 "InstructionContrastiveLoss(model), or in_batch_negatives=False in the training arguments."
             )
 
-    def encoding_prompts(self, model: SentenceTransformer) -> dict[str, str]:
+    def encoding_prompts(self, model: BaseModel) -> dict[str, str]:
         """What ``model.prompts`` gains."""
         return encoding_prompts(self.tasks.values(), model.prompts, model.default_prompt_name)
 
-    def column_prompts(
-        self, model: SentenceTransformer
-    ) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
+    def column_prompts(self, model: BaseModel) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
         """By task and column: the prompt, and the side of texts (query or document) that the backbone cuts it as.
 
         Raises:
@@ -169,7 +168,7 @@ class TaskPlan:
                 )
         return by_column, sides
 
-    def warn_of_instructions(self, model: SentenceTransformer) -> None:
+    def warn_of_instructions(self, model: BaseModel) -> None:
         """Say, once, which tasks' instructions the model's prompts have no place for."""
         kept: dict[str, list[str]] = {}
         for name, task in self.tasks.items():
@@ -220,7 +219,7 @@ class TaskPlan:
 
 
 def check_blended_prompts(
-    prompts: Mapping[str, Mapping[str, str]], data: Mapping[str, Dataset], model: SentenceTransformer
+    prompts: Mapping[str, Mapping[str, str]], data: Mapping[str, Dataset], model: BaseModel
 ) -> None:
     """Check that the model's pooling can leave out the prompts of blended rows.
 

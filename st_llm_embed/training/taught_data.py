@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
 from st_llm_embed.data.columns import TEACHER_EMBEDDING as COLUMN
@@ -65,7 +65,16 @@ def check_teachers(
                 if space:
                     logger.warning("Stage %s has no teacher: the model leaves the space of %s.", stage.name, space[1])
                 continue
+            outline = outlines[number]
             arguments = {**config.arguments, **stage.arguments}
+            if outline is not None and outline.model is not SentenceTransformer:
+                if issubclass(outline.model, SparseEncoder):
+                    raise ValueError("has teach, and a model of sparse vectors learns from no teacher. Leave it out.")
+                if config.projects(number) or arguments.get("distill_weight", 1.0):
+                    raise ValueError(
+                        "has teach, and a MultiVectorEncoder has no single vector that could match a teacher's. Match "
+                        "its scores: teach: {projection: false}, distill_weight: 0, score_weight: 1.0."
+                    )
             matches = arguments.get("distill_weight", 1.0)
             if not (matches or arguments.get("score_weight")):
                 raise ValueError(
@@ -77,7 +86,6 @@ def check_teachers(
             texts = sum(len(rows) * len(text_columns(rows.column_names)) for rows in trained)
             if config.projects(number) and texts < FEWEST:
                 raise ValueError(f"has {texts} texts, and a projection needs {FEWEST} or more, better ten thousand.")
-            outline = outlines[number]
             width = space[0] if space else outline and outline.width
             if space and config.projects(number):
                 raise ValueError(
@@ -88,7 +96,7 @@ def check_teachers(
                 for key in ("refit", "train_projection"):
                     if getattr(teach, key):
                         raise ValueError(f"has {key}: true, and no stage has made a projection. Leave it out.")
-            if not config.projects(number) and width is not None and width != widths[-1]:
+            if not config.projects(number) and matches and width is not None and width != widths[-1]:
                 raise ValueError(
                     f"has a teacher of {widths[-1]} dimensions, and the model has {width}. Leave out projection: "
                     "false, or say truncate_dim, if it is a Matryoshka teacher of more."

@@ -16,8 +16,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base import BaseModel
 from sentence_transformers.base.data_collator import BaseDataCollator
+from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
+from sentence_transformers.sparse_encoder.losses import SpladeLoss
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, ConcatDataset
 from transformers import Trainer
@@ -26,13 +29,14 @@ from transformers.trainer_utils import TrainOutput
 from st_llm_embed.data.columns import SCORES, check_classes, check_mntp_columns, check_pretext_columns
 from st_llm_embed.data.columns import TEACHER_EMBEDDING as COLUMN
 from st_llm_embed.hub import publish
-from st_llm_embed.losses import DistillationLoss, InstructionContrastiveLoss, MNTPLoss, PretextLoss
+from st_llm_embed.losses import DistillationLoss, MNTPLoss, PretextLoss
 from st_llm_embed.tasks import Task
 from st_llm_embed.teaching.embeddings import TeacherEmbeddings, brings_embeddings
 from st_llm_embed.teaching.teacher import Teaching, embeddings_of
 from st_llm_embed.training.collator import TaskCollator
 from st_llm_embed.training.sampler import TaskBatchSampler
 from st_llm_embed.training.sharding import prepare_for_sharding, whole_weights
+from st_llm_embed.training.task_loss import task_loss
 from st_llm_embed.training.task_plan import TaskPlan, check_blended_prompts, contrastive_loss, distillation_loss
 from st_llm_embed.training.training_args import LLMEmbedTrainingArguments
 from st_llm_embed.weights.saved import is_quantized, load_saved
@@ -45,19 +49,19 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
     """The host's trainer with NV-Embed's stages and data checks.
 
     Args:
-        model: the model to train.
+        model: the model to train: a SentenceTransformer, MultiVectorEncoder or SparseEncoder.
         args: ``LLMEmbedTrainingArguments``; what they add to the host's is read with ``tasks`` only.
         train_dataset: with ``tasks``, a dict from task name to a data set of ``anchor``, ``positive``,
             ``negative_1..n``, and perhaps ``label``, the class. A stream is shuffled in a buffer of 10,000 rows.
         eval_dataset: likewise, each with as many negatives as it has.
-        loss: as in the host. With ``tasks``, ``InstructionContrastiveLoss`` as ``args`` say, or one of your own: with
-            settings of its own, or around it, such as ``MatryoshkaLoss``.
+        loss: as in the host. With ``tasks``, what ``task_loss`` makes of ``args``, or one of your own: with settings
+            of its own, or around it, such as ``MatryoshkaLoss``.
         tasks: one ``Task`` for each data set. Its instruction goes into the template that the model's prompts show;
             where they have no place for one, a warning says so.
         teacher: a ``Teacher``, whose vectors of all texts are taken before the training; without one, data sets may
             bring some in columns of lists, ``anchor_teacher_embedding`` beside ``anchor``. Either way rows of a
-            single text will do: ``text``, a document, or ``anchor``, a query. The loss is ``DistillationLoss``, as
-            ``args`` say. Rows may have ``scores`` of their documents, which ``args.soft_label_weight`` reads.
+            single text will do: ``text``, a document, or ``anchor``, a query. Rows may have ``scores`` of their
+            documents, which ``args.soft_label_weight`` reads.
         **kwargs: the host's other arguments.
 
     Raises:
@@ -66,7 +70,8 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             ``args.prompts``, ``args.router_mapping``, a collator or a loss that does not read whose negatives are
             whose, arguments without effect, blended prompts that the model's pooling cannot leave out, or neither
             ``tasks`` nor a loss; for a teacher of another width than the model's, or that is the model; vectors or
-            scores that are not finite or too few, or that no loss reads.
+            scores that are not finite or too few, or that no loss reads; or that a model of several or of sparse
+            vectors cannot learn.
         FloatingPointError: in training, when the loss is not finite.
     """
 
@@ -74,11 +79,11 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
 
     def __init__(
         self,
-        model: SentenceTransformer | None = None,
+        model: BaseModel | None = None,
         args: LLMEmbedTrainingArguments | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | None = None,
-        loss: nn.Module | dict[str, nn.Module] | Callable[[SentenceTransformer], nn.Module] | None = None,
+        loss: nn.Module | dict[str, nn.Module] | Callable[[Any], nn.Module] | None = None,
         *,
         tasks: Sequence[Task] | None = None,
         teacher: Teaching | None = None,
@@ -116,7 +121,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             args = _own_copy(args)
             args.prompts = {"text": loss.prefix + "{text}"}
         if args is not None:
-            args.check_effect(tasks, self.own_loss, self.taught)
+            args.check_effect(tasks, self.own_loss, self.taught, None if model is None else type(model))
         super().__init__(model, args, train_dataset, eval_dataset, loss, data_collator=data_collator, **kwargs)
         if self.is_fsdp_enabled:
             prepare_for_sharding(self.model)
@@ -133,43 +138,36 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         super()._hp_search_setup(trial)
         if self.model_init is None:
             return
-        self.args.check_effect(self.plan and self.plan.tasks.values(), self.own_loss, self.taught)
+        tasks = self.plan and self.plan.tasks.values()
+        self.args.check_effect(tasks, self.own_loss, self.taught, type(self.model))
         if self.plan is not None:
             self.plan.set_groups(self.args)
         if not self.own_collator:
             self.data_collator = self.get_data_collator(self.model, self.args)
         if not self.own_loss:
+            callbacks = (
+                self.callback_handler.callbacks
+            )  # one of an earlier trial would keep its model, and log its weights
+            callbacks[:] = [one for one in callbacks if not isinstance(one, SpladeRegularizerWeightSchedulerCallback)]
             self.loss = self.prepare_loss(self.get_default_loss, self.model)
         self._save_prompts()
 
-    def get_default_loss(self, model: SentenceTransformer) -> nn.Module:
+    def get_default_loss(self, model: BaseModel) -> nn.Module:
         if self.plan is None:
             return super().get_default_loss(model)
-        contrastive = InstructionContrastiveLoss(
-            model,
-            scale=1 / self.args.temperature,
-            in_batch_negatives=self.plan.in_batch_negatives,
-            false_negative_margin=self.args.false_negative_margin,
-            mini_batch_size=self.args.mini_batch_size,
-            gather_across_devices=self.args.gather_across_devices,
-            spread_weight=self.args.spread_weight,
-        )
-        if not (self.taught or self.args.soft_label_weight):
-            return contrastive
-        return DistillationLoss(
-            model,
-            contrastive,
-            distill_weight=self.args.distill_weight if self.taught else 0,
-            score_weight=self.args.score_weight if self.taught else 0,
-            soft_label_weight=self.args.soft_label_weight,
-            contrastive_weight=self.args.contrastive_weight,
-            score_temperature=self.args.score_temperature,
-            soft_label_temperature=self.args.soft_label_temperature,
-        )
+        return task_loss(model, self.args, in_batch_negatives=self.plan.in_batch_negatives, taught=self.taught)
+
+    def prepare_loss(self, loss: Any, model: BaseModel) -> nn.Module:
+        loss = super().prepare_loss(loss, model)
+        if isinstance(loss, SpladeLoss):  # as the host's trainer of sparse models does: the weights grow from 0
+            callbacks, growth = self.callback_handler.callbacks, SpladeRegularizerWeightSchedulerCallback
+            if not any(isinstance(one, growth) and one.loss is loss for one in callbacks):
+                callbacks.insert(1, growth(loss))
+        return loss
 
     def override_model_in_loss(self, loss: nn.Module, model: nn.Module) -> nn.Module:
         # It reads the model when it is made. With model_init, each run has another model; other wrappers keep it.
-        if isinstance(loss, PretextLoss | MNTPLoss) and isinstance(model, SentenceTransformer):
+        if isinstance(loss, PretextLoss | MNTPLoss) and isinstance(model, BaseModel):
             return type(loss)(model, lm_head=loss.lm_head, **loss.get_config_dict())
         return super().override_model_in_loss(loss, model)
 
@@ -214,7 +212,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
                 taught=needs_teacher,
                 contrastive=contrastive,
             )
-            dataset[name] = self._with_teacher(name, rows, plan, needs_teacher)
+            dataset[name] = self._with_teacher(name, rows, plan, distillation)
             weight = 0.0 if distillation is None else distillation.weights["soft_label_weight"]
             if SCORES in rows.column_names and not weight:
                 raise ValueError(
@@ -230,26 +228,28 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         if training and self.args.blended:
             check_blended_prompts(self.args.prompts, dataset, self.model)
 
-    def _with_teacher(self, name: str, rows: Dataset, plan: TaskPlan, needed: bool) -> Dataset:
+    def _with_teacher(self, name: str, rows: Dataset, plan: TaskPlan, loss: DistillationLoss | None) -> Dataset:
         """Rows that name their place among the teacher's vectors, instead of the vectors themselves.
 
         Raises:
-            ValueError: for vectors that are missing, of another width than the model's, or not read by the loss.
+            ValueError: for vectors that are missing, of another width than the model's where they are matched, or not
+                read by the loss.
         """
         if "teacher_row" in rows.column_names:
             return rows  # which have been here
         brought = [column for column in rows.column_names if column.endswith(COLUMN)]
+        needed = loss is not None and loss.needs_teacher
         if (brought or self.teacher is not None) and not needed:
             raise ValueError(
                 f"A teacher says something of data set {name!r}, and the loss does not read it. Give distill_weight "
                 "or score_weight a value, leave out a loss of your own, or give a DistillationLoss."
             )
-        if not needed:
+        if loss is None or not needed:
             return rows
+        width = self.model.get_embedding_dimension() if loss.weights["distill_weight"] else None
         embeddings = embeddings_of(rows, plan.tasks[name], self.teacher)
-        width = self.model.get_embedding_dimension()
         for column, vectors in embeddings.items():
-            if vectors.dim != width:
+            if width is not None and vectors.dim != width:
                 raise ValueError(
                     f"The teacher's vectors of {column!r} in data set {name!r} have {vectors.dim} dimensions, and the "
                     f"model's {width}. Give the model a projection into the teacher's space (st_llm_embed.teaching."
@@ -291,7 +291,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         return dataset.select_columns(["text"]) if isinstance(self.loss, MNTPLoss) else dataset
 
     def get_data_collator(
-        self, model: SentenceTransformer, args: LLMEmbedTrainingArguments, processing_class: Any = None
+        self, model: BaseModel, args: LLMEmbedTrainingArguments, processing_class: Any = None
     ) -> BaseDataCollator:
         if self.plan is None:
             return super().get_data_collator(model, args, processing_class)
@@ -382,7 +382,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
             super()._load_from_checkpoint(checkpoint_path)
 
     @contextmanager
-    def whole_model(self) -> Iterator[SentenceTransformer]:
+    def whole_model(self) -> Iterator[BaseModel]:
         """The model, for the first process to save. All processes must enter: FSDP's shards are gathered."""
         weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else {}
         with whole_weights(self.model, weights):

@@ -17,7 +17,7 @@ advisory of the repository, before it is public.
 
 from st_llm_embed.trust.code import MODULES, STOCK, check_no_code, code_in, forget_code, has_code
 from st_llm_embed.trust.data import check_data, check_model, check_saved, left_by_trainer
-from st_llm_embed.trust.opening import OF_A_BASE, check_base, fetch, load_trusted, loading
+from st_llm_embed.trust.opening import OF_A_BASE, check_base, fetch, load_any, load_trusted, loading, model_class
 
 __all__ = [
     "MODULES",
@@ -33,6 +33,8 @@ __all__ = [
     "forget_code",
     "has_code",
     "left_by_trainer",
+    "load_any",
     "load_trusted",
     "loading",
+    "model_class",
 ]

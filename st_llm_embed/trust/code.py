@@ -26,7 +26,8 @@ MODULES = {
 # Of sentence-transformers' own those that load what is in their folder, and nothing else.
 STOCK_MODULES = set(
     "Transformer Pooling Normalize Dense LayerNorm Dropout WeightedLayerPooling Router Asym StaticEmbedding BoW "
-    "WordEmbeddings WordWeights CNN LSTM CLIPModel LogitScore".split()
+    "WordEmbeddings WordWeights CNN LSTM CLIPModel LogitScore MultiVectorMask SpladePooling MLMTransformer "
+    "HierarchicalTokenPooling".split()
 )
 # The last is what cross-encoders before sentence-transformers 4 have.
 ACTIVATIONS = ("activation_function", "activation_fn", "activation_fct", "sbert_ce_default_activation_function")

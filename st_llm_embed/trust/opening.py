@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+from sentence_transformers.base import BaseModel
 from transformers import dynamic_module_utils
 
 from st_llm_embed.files import PICKLES, read_json
@@ -18,6 +19,9 @@ from st_llm_embed.modules.adapters import OWN_BASE
 from st_llm_embed.trust.code import MODULES, check_no_code
 from st_llm_embed.trust.data import check_data
 
+# By what config_sentence_transformers.json calls them; the first where it calls it nothing.
+MODELS = {model.__name__: model for model in (SentenceTransformer, MultiVectorEncoder, SparseEncoder)}
+MODELS["ColBERT"] = MultiVectorEncoder  # PyLate's name
 # The same weights in formats that are not read here.
 OTHER_FORMATS = ("onnx/*", "openvino/*", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.mlmodel")
 # Of an adapter's base: what the loaders read.
@@ -87,19 +91,51 @@ def check_base(root: Path, trust_remote_code: bool, token: str | None = None, de
         check_base(base_root, trust_remote_code, token, depth - 1)
 
 
+def model_class(root: Path) -> type[BaseModel]:
+    """The class of the model in a folder: of one vector for a text, of several, or of sparse ones.
+
+    Raises:
+        ValueError: for another class, such as a cross-encoder.
+    """
+    file = root / "config_sentence_transformers.json"
+    name = read_json(file).get("model_type", SentenceTransformer.__name__) if file.is_file() else ""
+    if name == "":
+        return SentenceTransformer
+    if not isinstance(name, str) or name not in MODELS:
+        raise ValueError(f"{file} has model_type={name!r}, and this opens {', '.join(MODELS)}.")
+    return MODELS[name]
+
+
 def load_trusted(folder: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> SentenceTransformer:
+    """``load_any`` of a model of one dense vector for a text.
+
+    Raises:
+        ValueError: for a model of several vectors or of sparse ones; and see ``load_any``.
+    """
+    root = fetch(folder)
+    if (kind := model_class(root)) is not SentenceTransformer:
+        raise ValueError(
+            f"{folder} is a {kind.__name__}, and this takes models of one dense vector for a text. A "
+            f"{kind.__name__} can be trained, averaged, merged, sealed, checked, published and evaluated here; it "
+            f"encodes by sentence_transformers.{kind.__name__}."
+        )
+    return load_any(root, trust_remote_code, **kwargs)
+
+
+def load_any(folder: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> BaseModel:
     """Load a folder and encode some words, running code of its own only if told to. The classes that this package
     ships are the installed ones.
 
     Args:
         folder: the folder of a model that sentence-transformers saved, or of an LLM.
         trust_remote_code: whether to run the code in it.
-        **kwargs: the further arguments of ``SentenceTransformer``.
+        **kwargs: the further arguments of the model's class.
 
     Raises:
         ValueError: for code without consent, a folder that does not hold data alone, or one that cannot be loaded.
     """
     root = fetch(folder)
+    model_of = model_class(root)
     if not any((root / name).is_file() for name in ("modules.json", "config.json", "adapter_config.json")):
         held = sorted(str(file.parent) for file in root.glob("*/*/modules.json"))
         hint = f" There are: {', '.join(held)}." if held else ""
@@ -108,9 +144,9 @@ def load_trusted(folder: str | Path, trust_remote_code: bool = False, **kwargs: 
     check_base(root, trust_remote_code)
     with loading(root):
         if unknown:
-            model = SentenceTransformer(str(root), trust_remote_code=True, **kwargs)
+            model = model_of(str(root), trust_remote_code=True, **kwargs)
         else:
-            model = SentenceTransformer._load_with_module_classes(str(root), MODULES, **kwargs)
+            model = model_of._load_with_module_classes(str(root), MODULES, **kwargs)
         # Much that is wrong in a folder shows here first; of two lengths, for one is padded.
         model.encode(["word", "and several more words"], show_progress_bar=False)
     return model

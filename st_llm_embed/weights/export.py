@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -85,7 +86,7 @@ def _set_head(head: nn.Linear, trained: nn.Linear, tied: bool) -> None:
         head.get_parameter(name).data[:rows] = parameter.data
 
 
-def attention_of(model: SentenceTransformer) -> str:
+def attention_of(model: BaseModel) -> str:
     """``bidirectional`` or ``causal``: what the backbone says, or where it is stock, the LLM's configuration."""
     config = model.transformers_model.config
     stock = "causal" if getattr(config, "is_causal", True) else "bidirectional"

@@ -7,30 +7,33 @@ embeddings without a word (sentence-transformers 3246, llm2vec 128, unsloth 6881
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from torch.nn import Parameter
 
-from st_llm_embed.modules.reference import TEXTS, whole_float32
+from st_llm_embed.modules.reference import TEXTS, encode, whole_float32
 from st_llm_embed.weights.saved import is_quantized
 
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
-def has_adapter(model: SentenceTransformer) -> bool:
+
+def has_adapter(model: BaseModel) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 @whole_float32()  # of the products of A and B too
-def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) -> SentenceTransformer:
+def merge_adapter(model: AnyModel, tolerance: float | None = None) -> AnyModel:
     """A copy of ``model`` with its active adapters merged into the LLM. ``model`` stays as it is, so both must fit in
     memory.
 
     Args:
         model: the model, with peft adapters, LoRA and trained tokens among them.
-        tolerance: the largest difference of a component of an embedding. Default: 1e-5, or in half precision its last
-            bit.
+        tolerance: the largest difference of a component of an embedding, as a share of the longest embedding's length
+            where that is above 1. Default: 1e-5, or in half precision its last bit.
 
     Raises:
         ValueError: if there is no adapter, the LLM is quantized, two adapted layers share a weight, or merging gives
@@ -72,7 +75,8 @@ def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) ->
     vars(llm).pop("_weight_conversions", None)
     llm.requires_grad_(True)
     for name, prompt in model.prompts.items():
-        difference = abs(model.encode(list(TEXTS), prompt=prompt) - merged.encode(list(TEXTS), prompt=prompt)).max()
+        before, after = (encode(one, TEXTS, name, prompt or "") for one in (model, merged))
+        difference = (before - after).abs().max() / before.norm(dim=1).max().clamp(min=1)
         if not difference <= tolerance:
             raise RuntimeError(
                 f"The merged model's embeddings differ by {difference:.1e} under the prompt {name!r}; at most "
@@ -81,7 +85,7 @@ def merge_adapter(model: SentenceTransformer, tolerance: float | None = None) ->
     return merged
 
 
-def _check_weights_of_their_own(model: SentenceTransformer) -> None:
+def _check_weights_of_their_own(model: BaseModel) -> None:
     adapted: dict[int, str] = {}
     for name, layer in model.transformers_model.named_modules():
         if isinstance(layer, BaseTunerLayer) and isinstance(weight := getattr(layer, "weight", None), Parameter):

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sentence_transformers import SentenceTransformer
+from sentence_transformers.base import BaseModel
 from sentence_transformers.base.modules import Module
 from sentence_transformers.util import fullname
 
 from st_llm_embed.trust import MODULES, check_data, loading
 
 
-def is_quantized(model: SentenceTransformer) -> bool:
+def is_quantized(model: BaseModel) -> bool:
     return getattr(model.transformers_model, "is_quantized", False)
 
 
-def load_saved(model: SentenceTransformer, folder: str | Path) -> None:
+def load_saved(model: BaseModel, folder: str | Path) -> None:
     """Load the weights and prompts of a folder that ``model`` was saved to, and run no code of that folder.
 
     Raises:
@@ -30,7 +30,7 @@ def load_saved(model: SentenceTransformer, folder: str | Path) -> None:
     check_data(Path(folder))
     classes = {fullname(module): type(module) for module in model.modules() if isinstance(module, Module)}
     with loading(folder):
-        saved = SentenceTransformer._load_with_module_classes(str(folder), {**MODULES, **classes}, device="cpu")
+        saved = type(model)._load_with_module_classes(str(folder), {**MODULES, **classes}, device="cpu")
     weights = saved.state_dict()
     if is_quantized(model):
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
