@@ -8,11 +8,12 @@ import pytest
 from conftest import save_llm, train_tokenizer
 from hub_server import card_errors
 from huggingface_hub import metadata_load
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.model_card import generate_model_card
 from tokenizers.processors import TemplateProcessing
 
 from st_llm_embed import build_model
-from st_llm_embed.hub import seal
+from st_llm_embed.hub import save_sealed, seal
 from st_llm_embed.hub.card import describe, finish_card, inherit_license
 
 WORDS = {
@@ -101,3 +102,11 @@ def test_a_card_is_finished_once_and_keeps_its_other_parts(llm, tmp_path):
     finish_card(file, model, "", has_code=True)
     stated = metadata_load(file)
     assert stated["license"] == "apache-2.0" and stated["language"] == ["en"] and "Good." in file.read_text()
+
+
+def test_a_model_of_a_class_of_ones_own_has_the_hosts_line(llm, tmp_path):
+    class Own(SentenceTransformer):
+        pass
+
+    folder = save_sealed(Own(modules=list(build_model(llm, "mean"))), tmp_path / "sealed")
+    assert 'model = SentenceTransformer("' in (folder / "README.md").read_text()

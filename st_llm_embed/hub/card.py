@@ -117,7 +117,7 @@ def finish_card(file: Path, model: BaseModel, section: str, has_code: bool, samp
         head = f"{title}{describe(model, has_code, file.parent)}\n\n{training}{stages}" + (
             f"{section.strip()}\n\n" if section else ""
         )
-    kind = type(model).__name__
+    kind = model.model_type
     if has_code:
         details = re.sub(rf'({kind}\("[^"]+")\)', r"\1, trust_remote_code=True)", details)
     card = model.model_card_data
@@ -205,8 +205,8 @@ def describe(model: BaseModel, has_code: bool, folder: Path) -> str:
         eos=f"the token `{last}`" if ends else "nothing is added",
         longest=model.max_seq_length,
         embedding=_embedding(model),
-        model_class=type(model).__name__,
-        kind=KINDS[type(model).__name__],
+        model_class=model.model_type,
+        kind=KINDS[model.model_type],
         loads_with="`trust_remote_code=True`, which runs the code in this repository"
         if has_code
         else "sentence-transformers alone, no remote code",
@@ -260,7 +260,7 @@ def _pooling(model: BaseModel) -> tuple[str, str]:
     """The recipe that a pooling belongs to, and the pooling in words. By name: published models bring their own
     class."""
     if not isinstance(model, SentenceTransformer):
-        recipe, pooling = HEADS[type(model).__name__]
+        recipe, pooling = HEADS[model.model_type]
         return recipe, pooling.format(**model[-1].get_config_dict())
     module = model[1]
     settings = module.get_config_dict()

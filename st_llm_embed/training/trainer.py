@@ -145,9 +145,7 @@ class LLMEmbedTrainer(SentenceTransformerTrainer):
         if not self.own_collator:
             self.data_collator = self.get_data_collator(self.model, self.args)
         if not self.own_loss:
-            callbacks = (
-                self.callback_handler.callbacks
-            )  # one of an earlier trial would keep its model, and log its weights
+            callbacks = self.callback_handler.callbacks  # an earlier trial's would keep its model, and log its weights
             callbacks[:] = [one for one in callbacks if not isinstance(one, SpladeRegularizerWeightSchedulerCallback)]
             self.loss = self.prepare_loss(self.get_default_loss, self.model)
         self._save_prompts()
