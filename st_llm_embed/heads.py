@@ -71,21 +71,16 @@ def vocabulary_weights(
 
 
 def lm_head_layer(weight: torch.Tensor, bias: torch.Tensor | None) -> Dense:
-    """A copy of an LM head as a module: token embeddings to logits.
+    """An LM head as a module: token embeddings to logits.
 
     Args:
-        weight: ``(vocabulary, dim)``.
-        bias: ``(vocabulary,)``.
+        weight: ``(vocabulary, dim)``, which becomes the layer's own.
+        bias: ``(vocabulary,)``, likewise.
     """
     vocabulary, dim = weight.shape
-    layer = _of_tokens(dim, vocabulary, bias=bias is not None)
-    with torch.no_grad():
-        layer.to(weight)
-        layer.linear.weight.copy_(weight)
-        if bias is not None:
-            layer.linear.bias.copy_(bias)
-    return layer
+    return _of_tokens(dim, vocabulary, bias=bias is not None, init_weight=weight, init_bias=bias)
 
 
-def _of_tokens(dim: int, to: int, *, bias: bool = False) -> Dense:
-    return Dense(dim, to, bias=bias, activation_function=nn.Identity(), module_input_name="token_embeddings")
+def _of_tokens(dim: int, to: int, *, bias: bool = False, **weights: torch.Tensor | None) -> Dense:
+    linear = {"activation_function": nn.Identity(), "module_input_name": "token_embeddings"}
+    return Dense(dim, to, bias=bias, **linear, **weights)

@@ -22,13 +22,13 @@ from sentence_transformers.base import BaseModel
 from examples.study.prepare import TEACHER
 from examples.study.report import insert_table
 from examples.study.run import file_name, model_folder
+from examples.study.shorter import PEER
 from examples.study.study import STUDY, parser_of
 from st_llm_embed.data import load_corpus
 from st_llm_embed.evaluation.compressed_encoder import bytes_of
 from st_llm_embed.files import read_json
 from st_llm_embed.trust import load_any
 
-PEER = "all-MiniLM-L6-v2"
 DOCUMENTS, TURNS = 300, 3
 COLORS = ("#3b6fb6", "#c8642a", "#4d9a57", "#8a5aa8", "#999999", "#b0a030", "#d07a9a")
 
@@ -38,13 +38,11 @@ class Form(NamedTuple):
 
     Args:
         row: the row.
-        form: ``"WIDTH PRECISION"``, or "" for the vectors as they are.
         bytes: the bytes of a document in the index.
         figure: nDCG@10, the mean over the retrieval sets.
     """
 
     row: str
-    form: str
     bytes: int
     figure: float
 
@@ -56,11 +54,11 @@ def read_forms(row: str, output: Path, tests: list[str]) -> list[Form]:
         forms = []
         for form, scores in read_json(shorter).items():
             width, precision = form.split()
-            forms.append(Form(row, form, bytes_of(int(width), precision), mean(scores[test] for test in tests)))
+            forms.append(Form(row, bytes_of(int(width), precision), mean(scores[test] for test in tests)))
         return forms
     content = read_json(output / "rows" / f"{file_name(row)}-0.json")
     figure = mean(content["scores"][test] for test in tests)
-    return [Form(row, "", content["bytes_a_document"], figure)]
+    return [Form(row, content["bytes_a_document"], figure)]
 
 
 def measure(models: dict[str, BaseModel], texts: list[str]) -> dict[str, float]:
@@ -86,7 +84,7 @@ def table(forms: list[Form], rates: dict[str, float]) -> str:
 
 
 def draw(forms: list[Form], rates: dict[str, float], file: Path) -> None:
-    """Both pictures, side by side; on the left each row's forms are joined, and the frontier is grey."""
+    """Both pictures, side by side; on the left all forms of each row, and the frontier in grey."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     by_bytes, by_rate = figure.subplots(1, 2, sharey=True)
     best: list[Form] = []

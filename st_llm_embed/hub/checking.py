@@ -87,6 +87,7 @@ class FreshPython:
             known: whether all its code is this package's. Then only that is run, and the hosts do not trust the rest.
 
         Raises:
+            ValueError: if it is of no class that is opened here.
             RuntimeError: if it cannot be loaded there.
         """
         with tempfile.TemporaryDirectory() as scratch:
@@ -100,6 +101,7 @@ class FreshPython:
                 "device": device,
                 "texts": list(texts),
                 "reference": reference.__file__,
+                "model_class": model_class(root).__name__,
                 "code": str(Path(scratch, "code")) if known else None,
                 "scratch": scratch,
             }
@@ -279,7 +281,6 @@ def _opened(source: str | Path, revision: str | None, token: str | None, trust: 
     """A model's folder, and whether all its code is this package's. An adapter's base is downloaded too."""
     root = fetch(source, revision, token)
     check_saved(root)
-    model_class(root)  # which refuses what is of another kind
     unknown = check_no_code(root, trust)
     check_base(root, trust, token)
     return root, not unknown

@@ -3,6 +3,7 @@
 Argument: the name of the package to hide. Each line of standard input is a request, a JSON object:
 
 - ``folder``, ``device``, ``texts``, and ``reference``, the path of ``reference.py``;
+- ``model_class``: the name of the model's class in sentence-transformers;
 - ``code``: a folder whose package ``published`` has the model's own files, or null to trust the folder's;
 - ``scratch``: a folder for the answer (``taken.json``), for all that is printed (``log``), and for module caches.
 
@@ -16,17 +17,14 @@ import runpy
 import sys
 import traceback
 
+import sentence_transformers
 import transformers.dynamic_module_utils
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
 from sentence_transformers.base import BaseModel
 
 
-def load(folder: str, device: str, code: str | None) -> BaseModel:
+def load(folder: str, device: str, code: str | None, class_name: str) -> BaseModel:
     options = {"device": device, "local_files_only": True}
-    with open(os.path.join(folder, "config_sentence_transformers.json"), encoding="utf-8") as file:
-        name = json.load(file).get("model_type")
-    kinds = {kind.__name__: kind for kind in (SentenceTransformer, MultiVectorEncoder, SparseEncoder)}
-    model_class = {**kinds, None: SentenceTransformer, "ColBERT": MultiVectorEncoder}[name]
+    model_class = getattr(sentence_transformers, class_name)
     if code is None:
         return model_class(folder, trust_remote_code=True, **options)
     sys.path.insert(0, code)
@@ -51,7 +49,7 @@ def answer(request: dict) -> int:
         # Module code is cached by a folder's name: in a cache of its own no older copy answers.
         transformers.dynamic_module_utils.HF_MODULES_CACHE = os.path.join(scratch, "modules")
         transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # nobody is there to be asked
-        model = load(request["folder"], request["device"], request["code"])
+        model = load(request["folder"], request["device"], request["code"], request["model_class"])
         taken = runpy.run_path(request["reference"])["take_reference"](model, request["texts"])
         with open(os.path.join(scratch, "taken.json"), "w", encoding="utf-8") as file:
             json.dump(taken, file)

@@ -623,10 +623,9 @@ def stage_arguments(
             if not all(name in others for others in idle):
                 del arguments[name]
         with given.naming("stages", number):
-            LLMEmbedTrainingArguments("unused", **arguments).check_effect(
-                tasks[number], False, stage.teach is not None, classes[number]
-            )
-            _check_arguments(stage, arguments, config.arguments, idle[number], data, metrics[stage.name])
+            args = LLMEmbedTrainingArguments("unused", **arguments)
+            args.check_effect(tasks[number], False, stage.teach is not None, classes[number])
+            _check_arguments(stage, args, arguments, config.arguments, idle[number], data, metrics[stage.name])
     return merged
 
 
@@ -640,13 +639,13 @@ NOT_EVALUATED = "the stage has neither eval_data nor eval_tasks. Give it some, o
 
 def _check_arguments(
     stage: Stage,
+    args: LLMEmbedTrainingArguments,
     arguments: Mapping[str, Any],
     shared: Mapping[str, Any],
     idle: Mapping[str, str],
     data: Mapping[str, Any],
     metrics: list[str],
 ) -> None:
-    args = LLMEmbedTrainingArguments("unused", **arguments)
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ValueError(f"max_steps={args.max_steps}, num_train_epochs={args.num_train_epochs:g} train nothing.")
     steps_of_all = arguments.get("max_steps", -1) > 0 and "max_steps" not in stage.arguments
